@@ -1,0 +1,201 @@
+"""CEANet: a U-shaped transformer for all-in-one restoration whose blocks carry CEA layers."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cea_arch.compat import ARCH_REGISTRY
+from cea_arch.layers import CEABlock, TransformerBlock
+
+NUM_LEVELS = 4
+STAGES = ('encoder', 'latent', 'decoder', 'refinement')
+SIZES = {
+    'base': {
+        'dim': 48,
+        'num_blocks': (3, 4, 6, 12),
+        'num_dec_blocks': (2, 4, 6),
+        'num_refinement_blocks': 2,
+        'heads': (1, 2, 4, 8),
+        'ffn_expansion_factor': 2.0,
+        'cea_width': 32,
+        'cea_heads': 2,
+    },
+    'S': {
+        'dim': 24,
+        'num_blocks': (2, 2, 4, 6),
+        'num_dec_blocks': (1, 2, 4),
+        'num_refinement_blocks': 1,
+        'heads': (1, 2, 4, 8),
+        'ffn_expansion_factor': 2.0,
+        'cea_width': 16,
+        'cea_heads': 2,
+    },
+    'T': {
+        'dim': 16,
+        'num_blocks': (1, 1, 2, 3),
+        'num_dec_blocks': (1, 1, 1),
+        'num_refinement_blocks': 1,
+        'heads': (1, 2, 4, 8),
+        'ffn_expansion_factor': 2.0,
+        'cea_width': 12,
+        'cea_heads': 1,
+    },
+}
+
+
+class Stage(nn.ModuleList):
+    """Blocks of one level, in sequence."""
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        for block in self:
+            x = block(x, mask)
+        return x
+
+
+@ARCH_REGISTRY.register()
+class CEANet(nn.Module):
+    """Restore an image of unknown, mixed, spatially varying degradation: U-Net of :class:`CEABlock`, global residual.
+
+    Four levels; PixelUnshuffle and PixelShuffle between them, skips fused by 1x1 convolutions, channels doubling from
+    level to level. Blocks as in Restormer; a CEA layer after each block of the stages named in ``cea_stages``. The
+    architecture is our choice; its named sizes keep to the compute of the leanest peers.
+
+    Any H, W >= 1: the image is padded inside to a multiple of 8 (reflect, replicate where it is too small for that) and
+    cropped back. Padding enters neither the CEA layers' conditioning nor the channel attention's statistics.
+
+    Args:
+        num_in_ch: Channels of the input and output image.
+        size: ``base``, ``S`` or ``T``: sets each of the following arguments that is left at ``None``.
+        dim: Channels at full resolution.
+        num_blocks: Blocks of the three encoder levels and of the latent one.
+        num_dec_blocks: Blocks of the decoder, from full resolution down.
+        num_refinement_blocks: Blocks at full resolution after the decoder.
+        heads: Attention heads of the four levels, from full resolution down.
+        ffn_expansion_factor: Hidden channels of the feed-forward, as a multiple of the level's.
+        cea_width, cea_heads: Width and heads of each CEA layer's hyper-adapter.
+        rank: Components of each CEA layer.
+        cea_stages: Stages with CEA layers, of ``encoder``, ``latent``, ``decoder``, ``refinement``; may be empty.
+        conditioning, routing: As for :class:`cea_arch.layers.CEALayer`; contrasts for ablations.
+
+    Raises:
+        ValueError: An unknown word, or lists of the wrong length.
+    """
+
+    def __init__(
+        self,
+        num_in_ch: int = 3,
+        size: str = 'base',
+        dim: int | None = None,
+        num_blocks: Sequence[int] | None = None,
+        num_dec_blocks: Sequence[int] | None = None,
+        num_refinement_blocks: int | None = None,
+        heads: Sequence[int] | None = None,
+        ffn_expansion_factor: float | None = None,
+        cea_width: int | None = None,
+        cea_heads: int | None = None,
+        rank: int = 8,
+        cea_stages: Sequence[str] = ('latent', 'decoder', 'refinement'),
+        conditioning: str = 'cross_attention',
+        routing: str = 'signed',
+    ) -> None:
+        super().__init__()
+        chosen = dict(
+            dim=dim,
+            num_blocks=num_blocks,
+            num_dec_blocks=num_dec_blocks,
+            num_refinement_blocks=num_refinement_blocks,
+            heads=heads,
+            ffn_expansion_factor=ffn_expansion_factor,
+            cea_width=cea_width,
+            cea_heads=cea_heads,
+        )
+        if size not in SIZES:
+            raise ValueError(f'size must be one of {", ".join(SIZES)}, got {size!r}.')
+        settings = SIZES[size] | {name: value for name, value in chosen.items() if value is not None}
+        _check_settings(settings, cea_stages)
+        dim, heads = settings['dim'], settings['heads']
+        cea_options = dict(
+            rank=rank,
+            width=settings['cea_width'],
+            cea_heads=settings['cea_heads'],
+            conditioning=conditioning,
+            routing=routing,
+        )
+
+        def stage(name: str, level: int, num_blocks: int) -> Stage:
+            sizes = (dim * 2**level, heads[level], settings['ffn_expansion_factor'])
+            if name in cea_stages:
+                return Stage(CEABlock(*sizes, **cea_options) for _ in range(num_blocks))
+            return Stage(TransformerBlock(*sizes) for _ in range(num_blocks))
+
+        *encoder, latent = settings['num_blocks']
+        decoder = settings['num_dec_blocks']
+        levels = range(NUM_LEVELS - 1)
+        self.embed = nn.Conv2d(num_in_ch, dim, 3, padding=1, bias=False)
+        self.encoder = nn.ModuleList(stage('encoder', level, encoder[level]) for level in levels)
+        self.down = nn.ModuleList(_down(dim * 2**level) for level in levels)
+        self.latent = stage('latent', NUM_LEVELS - 1, latent)
+        self.up = nn.ModuleList(_up(dim * 2 ** (level + 1)) for level in levels)
+        self.fuse = nn.ModuleList(nn.Conv2d(dim * 2 ** (level + 1), dim * 2**level, 1, bias=False) for level in levels)
+        self.decoder = nn.ModuleList(stage('decoder', level, decoder[level]) for level in levels)
+        self.refinement = stage('refinement', 0, settings['num_refinement_blocks'])
+        self.output = nn.Conv2d(dim, num_in_ch, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Restore RGB images ``(B, C, H, W)`` in [0, 1]; same shape out, not clipped."""
+        height, width = x.shape[-2:]
+        padded = pad_to_multiple(x, 2 ** (NUM_LEVELS - 1))
+        masks = image_masks(height, width, padded)
+        features = self.embed(padded)
+        skips = []
+        for level in range(NUM_LEVELS - 1):
+            skips.append(self.encoder[level](features, masks[level]))
+            features = self.down[level](skips[-1])
+        features = self.latent(features, masks[-1])
+        for level in reversed(range(NUM_LEVELS - 1)):
+            features = self.fuse[level](torch.cat([self.up[level](features), skips[level]], dim=1))
+            features = self.decoder[level](features, masks[level])
+        features = self.refinement(features, masks[0])
+        return (padded + self.output(features))[..., :height, :width]
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Pad ``(B, C, H, W)`` at the bottom and right up to multiples of ``multiple`` pixels: reflect, else replicate."""
+    height, width = x.shape[-2:]
+    bottom, right = -height % multiple, -width % multiple
+    if not (bottom or right):
+        return x
+    mode = 'reflect' if bottom < height and right < width else 'replicate'
+    return F.pad(x, (0, right, 0, bottom), mode=mode)
+
+
+def image_masks(height: int, width: int, padded: Tensor) -> list[Tensor | None]:
+    """For each level, a boolean ``(H', W')``: which features see a pixel of the image. ``None`` where all do."""
+    if padded.shape[-2:] == (height, width):
+        return [None] * NUM_LEVELS
+    masks = []
+    for level in range(NUM_LEVELS):
+        rows, columns = (torch.arange(0, size, 2**level, device=padded.device) for size in padded.shape[-2:])
+        masks.append((rows < height).unsqueeze(1) & (columns < width))
+    return masks
+
+
+def _down(dim: int) -> nn.Sequential:
+    """Half the size, twice the channels."""
+    return nn.Sequential(nn.Conv2d(dim, dim // 2, 3, padding=1, bias=False), nn.PixelUnshuffle(2))
+
+
+def _up(dim: int) -> nn.Sequential:
+    """Twice the size, half the channels."""
+    return nn.Sequential(nn.Conv2d(dim, dim * 2, 1, bias=False), nn.PixelShuffle(2))
+
+
+def _check_settings(settings: dict, cea_stages: Sequence[str]) -> None:
+    for name, length in (('num_blocks', NUM_LEVELS), ('num_dec_blocks', NUM_LEVELS - 1), ('heads', NUM_LEVELS)):
+        if len(settings[name]) != length:
+            raise ValueError(f'{name} must have {length} numbers, got {list(settings[name])}.')
+    unknown = [stage for stage in cea_stages if stage not in STAGES]
+    if unknown:
+        raise ValueError(f'cea_stages may hold {", ".join(STAGES)}, got {unknown[0]!r}.')

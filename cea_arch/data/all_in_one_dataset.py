@@ -1,0 +1,221 @@
+"""One dataset of several sources, each with its own degradation and share: what all-in-one training draws from."""
+
+import itertools
+import zlib
+from typing import Any
+
+import numpy as np
+import torch
+from basicsr.utils.registry import DATASET_REGISTRY
+from torch.utils.data import Dataset
+
+from cea_arch.data.degradations import ORDER, gaussian_noise, quantize, synthesize
+from cea_arch.data.image_store import ImageStore
+from cea_arch.data.pairing import pair_keys
+from cea_arch.errors import UserError, check_keys, suggest
+
+SOURCE_KEYS = {
+    'paired': {'dataroot_lq'},
+    'gaussian_noise': {'sigmas', 'quantize'},
+    'synthetic': {'tasks', 'num_tasks', 'vary'},
+}
+COMMON_SOURCE_KEYS = {'degradation', 'dataroot_gt', 'io_backend', 'repeat'}
+DATASET_KEYS = {'name', 'type', 'phase', 'scale', 'sources', 'gt_size', 'use_hflip', 'use_rot', 'seed', 'crop_base'}
+
+
+class Source:
+    """Images of one origin and how they are degraded; see :class:`AllInOneDataset` for the options."""
+
+    def __init__(self, name: str, opt: dict[str, Any], label: str) -> None:
+        self.name = name
+        self.degradation = opt.get('degradation')
+        if self.degradation not in SOURCE_KEYS:
+            hint = suggest(self.degradation, SOURCE_KEYS)
+            raise UserError(
+                f'{label}.degradation must be one of {", ".join(SOURCE_KEYS)}, got {self.degradation!r}.{hint}'
+            )
+        check_keys(opt, COMMON_SOURCE_KEYS | SOURCE_KEYS[self.degradation], label)
+        for key in ('dataroot_gt', 'dataroot_lq') if self.degradation == 'paired' else ('dataroot_gt',):
+            if not opt.get(key):
+                raise UserError(f'{label}.{key} is missing.')
+        self.repeat = positive_int(opt.get('repeat', 1), f'{label}.repeat')
+        self.gt = ImageStore(opt['dataroot_gt'], opt.get('io_backend'), f'{label}.dataroot_gt')
+        self.lq = None
+        self.pairs = [(key, key) for key in self.gt.sizes]
+        if self.degradation == 'paired':
+            self.lq = ImageStore(opt['dataroot_lq'], opt.get('io_backend'), f'{label}.dataroot_lq')
+            self.pairs = pair_keys(self.lq.sizes, self.gt.sizes, label)
+            self._check_sizes()
+        self._read_strengths(opt, label)
+
+    def degrade(self, gt: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Degrade a clean image, uint8 or uint16 ``(H, W, 3)``; the result is uint8."""
+        clean = gt / float(np.iinfo(gt.dtype).max)
+        if self.degradation == 'gaussian_noise':
+            return quantize(gaussian_noise(clean, float(rng.choice(self.sigmas)), rng), self.quantize)
+        count = int(rng.integers(self.num_tasks[0], self.num_tasks[1], endpoint=True))
+        return quantize(synthesize(clean, rng.choice(self.tasks, count, replace=False), rng, self.vary))
+
+    def identity(self) -> str:
+        """What the fixed draws of evaluation depend on, besides seed and image name."""
+        if self.degradation == 'gaussian_noise':
+            return f'gaussian_noise {self.sigmas}'
+        return f'synthetic {self.tasks} {self.num_tasks} {self.vary}'
+
+    def _check_sizes(self) -> None:
+        for lq, gt in self.pairs:
+            if self.lq.sizes[lq] != self.gt.sizes[gt]:
+                raise UserError(
+                    f'a pair of unequal size (height, width): {self.lq.path(lq)} is {self.lq.sizes[lq]}, '
+                    f'{self.gt.path(gt)} is {self.gt.sizes[gt]}.'
+                )
+
+    def _read_strengths(self, opt: dict[str, Any], label: str) -> None:
+        if self.degradation == 'gaussian_noise':
+            sigmas = opt.get('sigmas', [15, 25, 50])
+            self.sigmas = [float(sigma) for sigma in (sigmas if isinstance(sigmas, list) else [sigmas])]
+            self.quantize = opt.get('quantize', 'trunc')
+            if self.quantize not in ('trunc', 'round'):
+                raise UserError(f'{label}.quantize must be trunc or round, got {self.quantize!r}.')
+        elif self.degradation == 'synthetic':
+            self.tasks = list(opt.get('tasks', ORDER))
+            for task in self.tasks:
+                if task not in ORDER:
+                    raise UserError(f'{label}.tasks may hold {", ".join(ORDER)}, got {task!r}.{suggest(task, ORDER)}')
+            number = opt.get('num_tasks', [1, len(self.tasks)])
+            self.num_tasks = number if isinstance(number, list) else [number, number]
+            if not 1 <= self.num_tasks[0] <= self.num_tasks[-1] <= len(self.tasks) or len(self.num_tasks) != 2:
+                raise UserError(
+                    f'{label}.num_tasks must lie in 1 to {len(self.tasks)}, the number of tasks; got {number}.'
+                )
+            self.vary = bool(opt.get('vary', True))
+
+
+@DATASET_REGISTRY.register()
+class AllInOneDataset(Dataset):
+    """Pairs of degraded and clean images from one or several sources.
+
+    In training (``phase: train``) each sample is a random crop, flipped and rotated, degraded anew: all its draws come
+    from one generator seeded by torch's own, which the loader seeds anew for every worker and epoch, so that no epoch
+    repeats another. In evaluation (``val``, ``test``) images are whole and degraded by a generator that depends on
+    ``seed``, degradation and image name alone: order, workers and platform change nothing.
+
+    Options, beside BasicSR's ``name``, ``type`` and loader settings:
+        sources: A mapping from source names to their options:
+            degradation: ``paired``: ``dataroot_lq`` holds the degraded images, paired by name, see
+                :func:`cea_arch.data.pairing.pair_keys`.
+                ``gaussian_noise``: ``sigmas`` (8-bit levels, one or a list to draw from), ``quantize``: ``trunc`` (the
+                literature's clip and truncate, default) or ``round``.
+                ``synthetic``: ``tasks`` (of ``low_light, rain, snow, haze, blur, noise``), ``num_tasks`` (how many of
+                them act at once: a number or ``[least, most]``), ``vary`` (strength varies over the image, default).
+            dataroot_gt: Folder or ``.lmdb`` of clean images.
+            io_backend: ``{type: disk}`` or ``{type: lmdb}``, for both roots.
+            repeat: How often each image counts in an epoch (default 1).
+        gt_size: Side of the square training crop, in pixels.
+        use_hflip, use_rot: Random flips; random rotations by 90 degrees (both default to true).
+        seed: For evaluation (default 0).
+        crop_base: In evaluation, images are centre-cropped to multiples of it (16 in the AIO literature; default 1).
+
+    Raises:
+        UserError: Names the option or file at fault.
+    """
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        super().__init__()
+        self.opt = opt
+        label = f'dataset {opt.get("name")!r}'
+        self.train = opt.get('phase', 'train') == 'train'
+        if not isinstance(opt.get('sources'), dict) or not opt['sources']:
+            raise UserError(f'{label}: sources must map at least one name to its options.')
+        self.sources = [Source(name, source, f'{label}, sources.{name}') for name, source in opt['sources'].items()]
+        self.ends = list(itertools.accumulate(len(source.pairs) * source.repeat for source in self.sources))
+        if self.train:
+            self.gt_size = positive_int(opt.get('gt_size'), f'{label}: gt_size')
+            self._check_crop()
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Sample number ``index``.
+
+        Returns:
+            ``lq`` and ``gt``, RGB float32 ``(3, H, W)`` in [0, 1]; ``lq_path`` and ``gt_path``; ``task``, the source.
+        """
+        source, lq_key, gt_key = self._locate(index)
+        gt = source.gt.read(gt_key)
+        lq = source.lq.read(lq_key) if source.lq else None
+        for store, key, img in ((source.gt, gt_key, gt), (source.lq, lq_key, lq)):
+            if img is not None and img.shape[:2] != store.sizes[key]:
+                raise UserError(f'{store.path(key)} is {img.shape[:2]}, but its list says {store.sizes[key]}.')
+        images = [gt] if lq is None else [gt, lq]
+        if self.train:
+            rng = np.random.default_rng(int(torch.randint(2**62, ())))
+            images = self._crop_and_augment(images, rng)
+        else:
+            name = gt_key.rpartition('/')[2]
+            rng = evaluation_rng(self.opt.get('seed', 0), name, source.identity()) if lq is None else None
+            images = [centre_crop(img, self.opt.get('crop_base', 1)) for img in images]
+        if lq is None:
+            images.append(source.degrade(images[0], rng))
+        gt, lq = (to_tensor(img) for img in images)
+        lq_path = source.lq.path(lq_key) if source.lq else source.gt.path(gt_key)
+        return {'lq': lq, 'gt': gt, 'lq_path': lq_path, 'gt_path': source.gt.path(gt_key), 'task': source.name}
+
+    def describe(self) -> str:
+        """One line a source: images, repeats and share of an epoch."""
+        lines = []
+        for source in self.sources:
+            count = len(source.pairs) * source.repeat
+            lines.append(
+                f'{source.name}: {source.degradation}, {len(source.pairs):,} x {source.repeat} = {count:,} samples '
+                f'({100 * count / len(self):.1f} %)'
+            )
+        return '\n'.join(lines)
+
+    def _locate(self, index: int) -> tuple[Source, str, str]:
+        position = next(i for i, end in enumerate(self.ends) if index < end)
+        source = self.sources[position]
+        start = self.ends[position - 1] if position else 0
+        return source, *source.pairs[(index - start) % len(source.pairs)]
+
+    def _check_crop(self) -> None:
+        for source in self.sources:
+            for key, size in source.gt.sizes.items():
+                if min(size) < self.gt_size:
+                    raise UserError(
+                        f'gt_size is {self.gt_size}, but {source.gt.path(key)} has only {size[0]} x {size[1]} pixels '
+                        '(height x width). Lower gt_size or remove the image.'
+                    )
+
+    def _crop_and_augment(self, images: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+        top, left = (int(rng.integers(size - self.gt_size, endpoint=True)) for size in images[0].shape[:2])
+        window = (slice(top, top + self.gt_size), slice(left, left + self.gt_size))
+        flip, flop = (self.opt.get('use_hflip', True) and rng.random() < 0.5 for _ in range(2))
+        turns = int(rng.integers(4)) if self.opt.get('use_rot', True) else 0
+        images = [np.rot90(img[window], turns) for img in images]
+        return [img[:: -1 if flip else 1, :: -1 if flop else 1] for img in images]
+
+
+def evaluation_rng(seed: int, name: str, identity: str) -> np.random.Generator:
+    """The generator of one image's fixed degradation."""
+    return np.random.default_rng([seed, zlib.crc32(name.encode()), zlib.crc32(identity.encode())])
+
+
+def centre_crop(img: np.ndarray, base: int) -> np.ndarray:
+    """Crop ``(H, W, C)`` to multiples of ``base``; an odd row or column more goes at the bottom or right."""
+    height, width = img.shape[:2]
+    top, left = height % base // 2, width % base // 2
+    return img[top : top + height - height % base, left : left + width - width % base]
+
+
+def to_tensor(img: np.ndarray) -> torch.Tensor:
+    """Turn RGB ``(H, W, 3)``, uint8 or uint16, into float32 ``(3, H, W)`` in [0, 1]."""
+    chw = np.ascontiguousarray(img.transpose(2, 0, 1))
+    return torch.from_numpy(chw.astype(np.float32)) / float(np.iinfo(img.dtype).max)
+
+
+def positive_int(value: object, label: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f'{label} must be a whole number of at least 1, got {value!r}.')
+    return value

@@ -1,0 +1,189 @@
+"""Synthetic degradations: pure functions of an image, explicit parameters and, where they draw, a NumPy generator.
+
+Images are RGB float64 ``(H, W, 3)`` in [0, 1], maps float64 ``(H, W)`` in [0, 1]; results are neither clipped nor
+quantised unless said so, see :func:`quantize`. Float64 keeps the 8-bit results the same on every platform.
+
+Low light, rain, snow and haze follow the formulas with which the CDD-11 benchmark was made; so does their order. Blur
+and noise come after them, as optics and sensor do (our choice). Streaks, flakes and depth are drawn by plain generators
+of our own, since the benchmark's masks and depth maps are not public.
+"""
+
+from collections.abc import Callable, Sequence
+
+import cv2
+import numpy as np
+from numpy.random import Generator
+
+Array = np.ndarray
+ORDER = ('low_light', 'rain', 'snow', 'haze', 'blur', 'noise')
+LUMA = np.array([0.299, 0.587, 0.114])  # Rec. 601, RGB
+
+
+def quantize(img: Array, mode: str = 'round') -> Array:
+    """Clip to [0, 1] and turn into 8-bit levels: ``round``, or ``trunc`` as the literature does for Gaussian noise."""
+    levels = np.clip(img, 0, 1) * 255
+    return (np.rint(levels) if mode == 'round' else np.floor(levels + 1e-9)).astype(np.uint8)
+
+
+def gaussian_noise(img: Array, sigma: float, rng: Generator) -> Array:
+    """Add independent noise of standard deviation ``sigma``, in 8-bit levels, to every pixel and channel."""
+    return img + sigma / 255 * rng.standard_normal(img.shape)
+
+
+def low_light(img: Array, gamma: float | Array, sigma: float | Array, rng: Generator) -> Array:
+    """``clip(J * light^(gamma - 1) + N(0, sigma^2))`` with ``light`` the luminance, box-blurred 3x3 twice.
+
+    ``gamma`` (2 to 3 in CDD-11) and ``sigma`` (0.03 to 0.08, in [0, 1] units) may be maps ``(H, W, 1)``.
+    """
+    light = cv2.blur(cv2.blur(img @ LUMA, (3, 3)), (3, 3))[..., None] + 1e-7
+    return np.clip(img * light ** (gamma - 1) + sigma * rng.standard_normal(img.shape), 0, 1)
+
+
+def rain(img: Array, streaks: Array) -> Array:
+    """Add bright streaks ``(H, W)`` to all channels."""
+    return img + streaks[..., None]
+
+
+def snow(img: Array, flakes: Array) -> Array:
+    """Cover the image with white flakes of opacity ``flakes`` ``(H, W)``."""
+    opacity = flakes[..., None]
+    return img * (1 - opacity) + opacity
+
+
+def haze(img: Array, depth: Array, beta: float, airlight: float) -> Array:
+    """``clip(J t + A (1 - t))``, ``t = exp(-beta min(1 - blur(depth), 0.7))``.
+
+    Args:
+        img: The clear image J.
+        depth: Inverse depth, 1 is near; box-blurred over 22 pixels as in CDD-11.
+        beta: Scattering, 1 to 2 in CDD-11.
+        airlight: Grey level A of the haze, 0.6 to 0.9 in CDD-11.
+    """
+    transmission = np.exp(-beta * np.minimum(1 - cv2.blur(depth, (22, 22)), 0.7))[..., None]
+    return np.clip(img * transmission + airlight * (1 - transmission), 0, 1)
+
+
+def blur(img: Array, kernel: Array, strength: float | Array = 1.0) -> Array:
+    """Blend towards the image filtered by ``kernel``, by ``strength`` (a number or a map ``(H, W, 1)``)."""
+    return img + strength * (cv2.filter2D(img, -1, kernel, borderType=cv2.BORDER_REFLECT_101) - img)
+
+
+def smooth_field(shape: Sequence[int], rng: Generator, period: float = 160.0) -> Array:
+    """A smooth random map: values drawn every ``period`` pixels at a random phase, interpolated with zero end slopes.
+
+    The period is in pixels, so a crop's map looks like a crop of an image's map.
+    """
+    weights = []
+    for size in shape[:2]:
+        place = (np.arange(size) / period) + rng.random()
+        cell = np.floor(place).astype(int)
+        share = place - cell
+        share = share * share * (3 - 2 * share)
+        weight = np.zeros((size, cell[-1] + 2))
+        weight[np.arange(size), cell] = 1 - share
+        weight[np.arange(size), cell + 1] = share
+        weights.append(weight)
+    rows, columns = weights
+    return rows @ rng.random((rows.shape[1], columns.shape[1])) @ columns.T
+
+
+def line_kernel(length: float, angle: float) -> Array:
+    """An anti-aliased line through the centre of an odd square, summing to one.
+
+    Args:
+        length: In pixels, at least 1.
+        angle: In degrees; 0 is vertical, positive leans to the right at the top.
+    """
+    radius = int(np.ceil(length / 2))
+    kernel = np.zeros((2 * radius + 3, 2 * radius + 3))
+    steps = np.linspace(-length / 2, length / 2, 4 * radius + 1)
+    ys = radius + 1 - steps * np.cos(np.deg2rad(angle))
+    xs = radius + 1 + steps * np.sin(np.deg2rad(angle))
+    y0, x0 = np.floor(ys).astype(int), np.floor(xs).astype(int)
+    for dy in (0, 1):
+        for dx in (0, 1):
+            np.add.at(kernel, (y0 + dy, x0 + dx), (1 - abs(ys - y0 - dy)) * (1 - abs(xs - x0 - dx)))
+    return kernel / kernel.sum()
+
+
+def rain_streaks(shape: Sequence[int], rng: Generator) -> Array:
+    """Streaks in [0, 1]: sparse drops drawn out along one direction, in two layers of different length."""
+    angle = rng.uniform(-35, 35)
+    streaks = np.zeros(shape[:2])
+    for length in (rng.uniform(9, 17), rng.uniform(17, 31)):
+        drops = rng.random(shape[:2]) * (rng.random(shape[:2]) < rng.uniform(0.002, 0.006))
+        kernel = line_kernel(length, angle + rng.uniform(-3, 3))
+        streaks += cv2.filter2D(drops, -1, kernel / kernel.max(), borderType=cv2.BORDER_REFLECT_101)
+    return np.clip(streaks * rng.uniform(0.6, 1.0), 0, 1)
+
+
+def snow_flakes(shape: Sequence[int], rng: Generator) -> Array:
+    """Opacities in [0, 1]: soft round flakes of three sizes, the large ones rare."""
+    flakes = np.zeros(shape[:2])
+    for radius, density in ((0.8, 0.006), (1.6, 0.0015), (3.0, 0.0003)):
+        spots = (rng.random(shape[:2]) < density * rng.uniform(0.5, 1.5)) * rng.uniform(0.7, 1.0, shape[:2])
+        profile = cv2.getGaussianKernel(int(6 * radius) | 1, radius)
+        kernel = profile @ profile.T
+        flakes += cv2.filter2D(spots, -1, kernel / kernel.max(), borderType=cv2.BORDER_REFLECT_101)
+    return np.clip(flakes, 0, 1)
+
+
+def blur_kernel(rng: Generator) -> Array:
+    """Motion along a line of 5 to 15 pixels, or defocus by a Gaussian of 0.8 to 2.4 pixels."""
+    if rng.random() < 0.5:
+        return line_kernel(rng.uniform(5, 15), rng.uniform(-90, 90))
+    profile = cv2.getGaussianKernel(13, rng.uniform(0.8, 2.4))
+    return profile @ profile.T
+
+
+def _draw_low_light(img: Array, strength: Array, rng: Generator) -> Array:
+    return low_light(img, 1 + strength * rng.uniform(1, 2), strength * rng.uniform(0.03, 0.08), rng)
+
+
+def _draw_rain(img: Array, strength: Array, rng: Generator) -> Array:
+    return rain(img, strength[..., 0] * rain_streaks(img.shape, rng))
+
+
+def _draw_snow(img: Array, strength: Array, rng: Generator) -> Array:
+    return snow(img, strength[..., 0] * snow_flakes(img.shape, rng))
+
+
+def _draw_haze(img: Array, strength: Array, rng: Generator) -> Array:
+    depth = 1 - strength[..., 0] * smooth_field(img.shape, rng)
+    return haze(img, depth, rng.uniform(1, 2), rng.uniform(0.6, 0.9))
+
+
+def _draw_blur(img: Array, strength: Array, rng: Generator) -> Array:
+    return blur(img, blur_kernel(rng), strength)
+
+
+def _draw_noise(img: Array, strength: Array, rng: Generator) -> Array:
+    return gaussian_noise(img, strength * rng.uniform(5, 50), rng)
+
+
+_DRAW: dict[str, Callable[[Array, Array, Generator], Array]] = {
+    'low_light': _draw_low_light,
+    'rain': _draw_rain,
+    'snow': _draw_snow,
+    'haze': _draw_haze,
+    'blur': _draw_blur,
+    'noise': _draw_noise,
+}
+
+
+def synthesize(img: Array, tasks: Sequence[str], rng: Generator, vary: bool = True) -> Array:
+    """Degrade an image by each of ``tasks``, with parameters drawn from the ranges of CDD-11 or our own.
+
+    Args:
+        img: Clear image.
+        tasks: Any of ``ORDER``; they act in that order, whatever theirs.
+        rng: Source of all randomness.
+        vary: Whether each task's strength varies over the image, between 0.4 and 1, by a smooth map of its own.
+
+    Returns:
+        The degraded image, clipped to [0, 1], not quantised.
+    """
+    for task in sorted(tasks, key=ORDER.index):
+        field = smooth_field(img.shape, rng) if vary else np.ones(img.shape[:2])
+        img = _DRAW[task](img, (0.4 + 0.6 * field)[..., None], rng)
+    return np.clip(img, 0, 1)

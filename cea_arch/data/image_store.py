@@ -1,0 +1,140 @@
+"""Folders and LMDBs of images behind one interface, read through BasicSR's FileClient."""
+
+import os
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+from basicsr.utils import FileClient
+from PIL import Image, UnidentifiedImageError
+
+from cea_arch.errors import UserError
+
+SUFFIXES = {'.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp'}
+_META_LINE = re.compile(r'(?P<name>.+) \((?P<height>\d+),(?P<width>\d+),(?P<channels>\d+)\) \d+')
+_EXIF_ORIENTATION, _EXIF_TRANSPOSED = 274, (5, 6, 7, 8)
+_clients: dict[str, FileClient] = {}  # one a process and LMDB: lmdb refuses to open an environment twice
+
+
+def _forget_clients() -> None:
+    """An environment opened before a fork must not be used after it."""
+    for client in _clients.values():
+        client.client._client['default'].close()
+    _clients.clear()
+
+
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=_forget_clients)
+
+
+def decode(data: bytes, where: str) -> np.ndarray:
+    """Decode an image file to RGB ``(H, W, 3)``, uint8, or uint16 where the file has 16 bits. EXIF rotation is applied.
+
+    Raises:
+        UserError: The bytes are not an image, or a truncated one; names ``where`` they came from.
+    """
+    img = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH) if data else None
+    if img is None:
+        raise UserError(f'{where} cannot be decoded: it is not an image or is damaged ({len(data)} bytes).')
+    return cv2.cvtColor(img, cv2.COLOR_BGR2RGB)
+
+
+class ImageStore:
+    """The images below a folder, or in an LMDB of BasicSR's format (``data.mdb`` and ``meta_info.txt``).
+
+    Keys are paths below the root without their suffix, with ``/``; in order of name whatever the file system.
+
+    Args:
+        root: The folder, or an LMDB folder, whose name ends in ``.lmdb``.
+        io_backend: ``{'type': 'disk'}`` or ``{'type': 'lmdb'}``; by default what the name of the root says.
+        label: The option that names the root, for error messages.
+
+    Attributes:
+        sizes: Height and width in pixels of each image, by key.
+
+    Raises:
+        UserError: The root does not exist, is not of the backend's kind, holds no images, or one that is unreadable.
+    """
+
+    def __init__(self, root: str, io_backend: dict | None = None, label: str = 'dataroot') -> None:
+        self.root = Path(root).expanduser()
+        self.label = label
+        named_lmdb = self.root.suffix == '.lmdb'
+        self.backend = (io_backend or {'type': 'lmdb' if named_lmdb else 'disk'}).get('type')
+        if self.backend not in ('disk', 'lmdb'):
+            raise UserError(f'{label}: io_backend type must be disk or lmdb, got {self.backend!r}.')
+        if not self.root.is_dir():
+            raise UserError(f'{label}: folder {str(root)!r} does not exist (looked for {self.root.absolute()}).')
+        if (self.backend == 'lmdb') != named_lmdb:
+            raise UserError(f'{label}: io_backend is {self.backend}, but the folder is {self.root.name!r}.')
+        self._files: dict[str, str] = {}
+        self.sizes = self._scan_lmdb() if self.backend == 'lmdb' else self._scan_folder()
+        if not self.sizes:
+            raise UserError(f'{label}: {str(root)!r} holds no images.')
+
+    def read(self, key: str) -> np.ndarray:
+        """Decode one image, see :func:`decode`."""
+        data = self._client().get(key if self.backend == 'lmdb' else self.root / self._files[key])
+        if data is None:
+            raise UserError(f'{self.label}: {key!r} is listed in meta_info.txt but absent from {self.root}.')
+        return decode(data, f'{self.label}: {self.path(key)}')
+
+    def path(self, key: str) -> str:
+        """Where the image of ``key`` lies, for messages and results."""
+        return str(self.root / self._files.get(key, key))
+
+    def _scan_lmdb(self) -> dict[str, tuple[int, int]]:
+        for name in ('data.mdb', 'meta_info.txt'):
+            if not (self.root / name).is_file():
+                raise UserError(f'{self.label}: {str(self.root)!r} is not a complete LMDB: {name} is missing.')
+        sizes = {}
+        for number, line in enumerate((self.root / 'meta_info.txt').read_text('utf-8').splitlines(), 1):
+            match = _META_LINE.fullmatch(line)
+            if not match:
+                raise UserError(
+                    f'{self.label}: line {number} of {self.root / "meta_info.txt"} should read like '
+                    f'"0001.png (480,320,3) 1", found {line!r}.'
+                )
+            key = match['name'].rpartition('.')[0] or match['name']
+            sizes[key] = (int(match['height']), int(match['width']))
+        return sizes
+
+    def _scan_folder(self) -> dict[str, tuple[int, int]]:
+        for folder, subfolders, names in os.walk(self.root):
+            subfolders.sort()
+            for path in (Path(folder, name) for name in sorted(names)):
+                if path.suffix.lower() not in SUFFIXES or path.name.startswith('.'):
+                    continue
+                relative = path.relative_to(self.root)
+                key = relative.with_suffix('').as_posix()
+                if key in self._files:
+                    raise UserError(f'{self.label}: {self._files[key]!r} and {str(relative)!r} share one name.')
+                self._files[key] = str(relative)
+        return {key: _image_size(self.root / name) for key, name in sorted(self._files.items())}
+
+    def _client(self) -> FileClient:
+        if self.backend == 'disk':
+            return FileClient('disk')
+        name = str(self.root.resolve())
+        if name not in _clients:
+            client = FileClient('lmdb', db_paths=name)
+            environment = client.client._client['default']
+            needed = (environment.info()['last_pgno'] + 1) * environment.stat()['psize']
+            found = (self.root / 'data.mdb').stat().st_size
+            if found < needed:
+                environment.close()
+                raise UserError(f'{self.label}: {self.root / "data.mdb"} is cut short: {found} of {needed} bytes.')
+            _clients[name] = client
+        return _clients[name]
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    """Height and width from the file's header, as :func:`decode` will return them."""
+    try:
+        with Image.open(path) as img:
+            width, height = img.size
+            transposed = img.getexif().get(_EXIF_ORIENTATION) in _EXIF_TRANSPOSED
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f'{path} is not a readable image: {error}.') from error
+    return (width, height) if transposed else (height, width)

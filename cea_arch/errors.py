@@ -1,0 +1,22 @@
+"""What a user got wrong, said in a sentence."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in options, files or data, which the user can mend. The commands print it without a traceback."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the known word nearest to ``word``; empty where none is near."""
+    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    return f' Did you mean {near[0]!r}?' if near else ''
+
+
+def check_keys(opt: dict, known: Iterable[str], label: str) -> None:
+    """Raise UserError for a key of ``opt`` that nothing reads, with the nearest one that is read."""
+    known = sorted(known)
+    for key in opt:
+        if key not in known:
+            raise UserError(f'{label}: unknown key {key!r}.{suggest(key, known)} Known: {", ".join(known)}.')

@@ -1,0 +1,107 @@
+"""Transformer blocks for restoration: channel attention and a gated feed-forward, as in Restormer (CVPR 2022)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cea_arch.layers.cea import CEALayer, ChannelNorm
+
+
+class ChannelAttention(nn.Module):
+    """Multi-head attention between channels ("transposed" attention): cost linear in the number of pixels.
+
+    Args:
+        dim: Channels C, a multiple of ``num_heads``.
+        num_heads: Groups of channels that attend among themselves.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f'dim must be a multiple of num_heads, got dim={dim} and num_heads={num_heads}.')
+        self.num_heads = num_heads
+        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
+        self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=False)
+        self.qkv_dwconv = nn.Conv2d(3 * dim, 3 * dim, 3, padding=1, groups=3 * dim, bias=False)
+        self.project_out = nn.Conv2d(dim, dim, 1, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map ``(B, C, H, W)`` to the same shape; where ``mask`` ``(H, W)`` is false, pixels enter no statistics."""
+        q, k, v = self.qkv_dwconv(self.qkv(x)).chunk(3, dim=1)
+        if mask is not None:
+            q, k = q * mask, k * mask
+        q, k, v = (t.reshape(len(x), self.num_heads, -1, x.shape[-2] * x.shape[-1]) for t in (q, k, v))
+        # normalising the (C/h, C/h) product instead of q and k saves two passes over the pixels
+        norms = [t.norm(dim=-1, dtype=torch.float32 if t.dtype.itemsize < 4 else t.dtype) for t in (q, k)]
+        scale = norms[0].clamp_min(1e-6).unsqueeze(-1) * norms[1].clamp_min(1e-6).unsqueeze(-2)
+        attention = ((q @ k.mT) / scale * self.temperature).softmax(-1).to(v.dtype)
+        return self.project_out((attention @ v).reshape(x.shape))
+
+
+class GatedFeedForward(nn.Module):
+    """``W_out (GELU(a) * b)`` with ``a, b`` the halves of a 1x1 and a depthwise 3x3 convolution.
+
+    Args:
+        dim: Channels C.
+        expansion_factor: Hidden channels as a multiple of C, rounded down.
+    """
+
+    def __init__(self, dim: int, expansion_factor: float) -> None:
+        super().__init__()
+        hidden = int(dim * expansion_factor)
+        self.project_in = nn.Conv2d(dim, 2 * hidden, 1, bias=False)
+        self.dwconv = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, bias=False)
+        self.project_out = nn.Conv2d(hidden, dim, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, C, H, W)`` to the same shape."""
+        gate, value = self.dwconv(self.project_in(x)).chunk(2, dim=1)
+        return self.project_out(F.gelu(gate) * value)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm channel attention, then a pre-norm gated feed-forward, each with a residual.
+
+    Args:
+        dim, num_heads: Of :class:`ChannelAttention`.
+        ffn_expansion_factor: Of :class:`GatedFeedForward`.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 1, ffn_expansion_factor: float = 2.66) -> None:
+        super().__init__()
+        self.norm1 = ChannelNorm(dim)
+        self.attn = ChannelAttention(dim, num_heads)
+        self.norm2 = ChannelNorm(dim)
+        self.ffn = GatedFeedForward(dim, ffn_expansion_factor)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map ``(B, C, H, W)`` to the same shape; ``mask`` as for :class:`ChannelAttention`."""
+        x = x + self.attn(self.norm1(x), mask)
+        return x + self.ffn(self.norm2(x))
+
+
+class CEABlock(TransformerBlock):
+    """A transformer block followed by a :class:`CEALayer`; fresh, it equals the transformer block.
+
+    Args:
+        dim, num_heads, ffn_expansion_factor: Of :class:`TransformerBlock`.
+        rank, width, cea_heads, conditioning, routing: Of :class:`CEALayer` (``cea_heads`` is its ``num_heads``).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 1,
+        ffn_expansion_factor: float = 2.66,
+        rank: int = 8,
+        width: int = 32,
+        cea_heads: int = 2,
+        conditioning: str = 'cross_attention',
+        routing: str = 'signed',
+    ) -> None:
+        super().__init__(dim, num_heads, ffn_expansion_factor)
+        self.cea = CEALayer(dim, rank, width, cea_heads, conditioning, routing)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map ``(B, C, H, W)`` to the same shape; pixels where ``mask`` ``(H, W)`` is false enter no statistics."""
+        return self.cea(super().forward(x, mask), mask)

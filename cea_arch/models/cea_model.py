@@ -1,0 +1,216 @@
+"""CEAModel: BasicSR's SRModel for restoration, with float validation, named loss terms and atomic checkpoints."""
+
+import os
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+from basicsr.losses import build_loss
+from basicsr.models.sr_model import SRModel
+from basicsr.utils import get_root_logger, tensor2img
+from basicsr.utils.dist_util import master_only
+from basicsr.utils.registry import METRIC_REGISTRY, MODEL_REGISTRY
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from cea_arch.errors import UserError, suggest
+from cea_arch.models.report import PANELS, Report, SetResult, panels, write_picture
+
+OPTIMIZERS = ('Adam', 'AdamW', 'NAdam', 'RAdam', 'SGD', 'RMSprop')
+
+
+@MODEL_REGISTRY.register()
+class CEAModel(SRModel):
+    """Train and validate a restoration network.
+
+    Beside SRModel's options it reads ``train.fft_opt`` (a loss, such as ``FFTLoss``), any of torch's usual optimizers,
+    ``device: mps``, and from each validation set ``benchmark``: sets of one benchmark get a common mean. Validation
+    gives float RGB images in [0, 1] to the metrics that want them, 8-bit ones to BasicSR's, scores the degraded input
+    beside the result, and writes the files of :class:`Report`.
+    """
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        super().__init__(opt)
+        val = opt.get('val') or {}
+        folder = opt['path']['experiments_root' if self.is_train else 'results_root']
+        self.metrics = val.get('metrics') or {}
+        self.report = Report(folder, opt['name'], self.metrics)
+
+    def model_to_device(self, net: nn.Module) -> nn.Module:
+        """Move ``net`` to CUDA, MPS or CPU; the device is chosen here because BaseModel knows no MPS."""
+        if self.opt['num_gpu'] == 0:
+            self.device = torch.device(self.opt.get('device', 'cpu'))
+        return super().model_to_device(net)
+
+    def init_training_settings(self) -> None:
+        """As SRModel's, and the frequency loss."""
+        fft_opt = self.opt['train'].get('fft_opt')
+        self.cri_fft = build_loss(fft_opt).to(self.device) if fft_opt else None
+        super().init_training_settings()
+
+    def setup_optimizers(self) -> None:
+        """One optimizer over the parameters that train; says how many do not, once."""
+        options = dict(self.opt['train']['optim_g'])
+        trained = [p for p in self.net_g.parameters() if p.requires_grad]
+        frozen = sum(p.numel() for p in self.net_g.parameters() if not p.requires_grad)
+        if frozen:
+            get_root_logger().info(f'{frozen:,} parameters are frozen.')
+        self.optimizer_g = self.get_optimizer(options.pop('type'), trained, **options)
+        self.optimizers.append(self.optimizer_g)
+
+    def get_optimizer(
+        self, optim_type: str, params: list[nn.Parameter], lr: float, **options: Any
+    ) -> torch.optim.Optimizer:
+        """Build one of ``OPTIMIZERS``; any other name is an error."""
+        if optim_type not in OPTIMIZERS:
+            raise UserError(f'train.optim_g.type {optim_type!r} is not known.{suggest(optim_type, OPTIMIZERS)}')
+        return getattr(torch.optim, optim_type)(params, lr, **options)
+
+    def feed_data(self, data: dict[str, Any]) -> None:
+        """Take a batch: ``lq`` and, where there is one, ``gt``, RGB ``(B, 3, H, W)`` in [0, 1]."""
+        self.lq = data['lq'].to(self.device, non_blocking=True)
+        self.gt = data['gt'].to(self.device, non_blocking=True) if 'gt' in data else None
+
+    def optimize_parameters(self, current_iter: int) -> None:
+        """One step; each loss term is logged by its name."""
+        self.optimizer_g.zero_grad()
+        self.output = self.net_g(self.lq)
+        losses = self.losses()
+        sum(losses.values()).backward()
+        self.optimizer_g.step()
+        self.log_dict = self.reduce_loss_dict(losses)
+        if self.ema_decay > 0:
+            self.model_ema(decay=self.ema_decay)
+
+    def losses(self) -> 'OrderedDict[str, Tensor]':
+        """The active loss terms of the current output, weighted."""
+        losses = OrderedDict()
+        if self.cri_pix:
+            losses['l_pix'] = self.cri_pix(self.output, self.gt)
+        if self.cri_fft:
+            losses['l_fft'] = self.cri_fft(self.output, self.gt)
+        if self.cri_perceptual:
+            percep, style = self.cri_perceptual(self.output, self.gt)
+            losses.update({k: v for k, v in (('l_percep', percep), ('l_style', style)) if v is not None})
+        return losses
+
+    def validation(
+        self, dataloader: DataLoader, current_iter: int | str, tb_logger: SummaryWriter | None, save_img: bool = False
+    ) -> None:
+        """Validate one set, unless this iteration's results are there: BasicSR's loop validates the last one twice."""
+        if self.is_train:
+            current_iter = min(current_iter, int(self.opt['train']['total_iter']))
+        if not self.report.has(dataloader.dataset.opt['name'], current_iter):
+            super().validation(dataloader, current_iter, tb_logger, save_img)
+
+    def nondist_validation(
+        self, dataloader: DataLoader, current_iter: int | str, tb_logger: SummaryWriter | None, save_img: bool
+    ) -> None:
+        """Validate one set on this process."""
+        options = dataloader.dataset.opt
+        name = options['name']
+        result = SetResult(options.get('benchmark', self.opt['name']))
+        progress = tqdm(dataloader, desc=f'validating {name}', unit='image', leave=False, disable=None)
+        for data in progress:
+            self.feed_data(data)
+            self.test()
+            images = self.current_images()
+            row = {'image': os.path.splitext(os.path.basename(data['lq_path'][0]))[0], **self.score(images)}
+            result.rows.append(row)
+            if save_img:
+                self.save_image(images['restored'], name, row['image'], current_iter)
+            if result.picture is None:
+                result.picture = compare(images, row)
+            self.lq = self.gt = self.output = None
+        if result.rows[0].keys() != {'image'}:
+            self._log_means(name, result.means(), current_iter, tb_logger)
+        self.report.add(name, current_iter, result)
+        if len(self.report.sets) == sum(phase != 'train' for phase in self.opt['datasets']):
+            get_root_logger().info(f'{self.report.markdown()}\nWritten to {self.report.folder}.')
+
+    def current_images(self) -> dict[str, Tensor]:
+        """The latest degraded, restored and, if any, clean image, clipped, float32 ``(1, 3, H, W)`` on the CPU."""
+        tensors = zip(PANELS, (self.lq, self.output, self.gt), strict=True)
+        return {name: t.detach().float().clamp(0, 1).cpu() for name, t in tensors if t is not None}
+
+    def score(self, images: dict[str, Tensor]) -> dict[str, float]:
+        """Scores by column: ``<metric>``, and ``<metric>_input`` where input and clean image have one size."""
+        scores = {}
+        if 'clean' not in images:
+            return scores
+        for name, options in self.metrics.items():
+            options = {key: value for key, value in options.items() if key != 'better'}
+            metric = METRIC_REGISTRY.get(options.pop('type'))
+            convert = _float_rgb if getattr(metric, 'float_rgb', False) else _uint8_bgr
+            clean = convert(images['clean'])
+            if images['degraded'].shape == images['clean'].shape:
+                scores[f'{name}_input'] = float(metric(convert(images['degraded']), clean, **options))
+            scores[name] = float(metric(convert(images['restored']), clean, **options))
+        return scores
+
+    def save_image(self, img: Tensor, set_name: str, image_name: str, current_iter: int | str) -> None:
+        """Write one restored image; each set has its own folder, so that equal names do not overwrite each other."""
+        suffix = current_iter if self.is_train else self.opt['val'].get('suffix') or self.opt['name']
+        folder = self.report.folder / 'visualization' / set_name
+        write_picture(folder / f'{image_name}_{suffix}.png', _uint8_bgr(img))
+
+    def save_network(self, net: Any, net_label: str, current_iter: int, param_key: Any = 'params') -> None:
+        """Save weights under BasicSR's name and keys, beside and renamed."""
+        nets = net if isinstance(net, list) else [net]
+        keys = param_key if isinstance(param_key, list) else [param_key]
+        weights = {
+            key: {name: value.cpu() for name, value in self.get_bare_model(net).state_dict().items()}
+            for key, net in zip(keys, nets, strict=True)
+        }
+        label = 'latest' if current_iter == -1 else current_iter
+        self._save(weights, os.path.join(self.opt['path']['models'], f'{net_label}_{label}.pth'))
+
+    def save_training_state(self, epoch: int, current_iter: int) -> None:
+        """Save what resuming needs, beside and renamed; after the weights, so that a state implies its weights."""
+        if current_iter == -1:
+            return
+        state = {
+            'epoch': epoch,
+            'iter': current_iter,
+            'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
+            'schedulers': [scheduler.state_dict() for scheduler in self.schedulers],
+        }
+        self._save(state, os.path.join(self.opt['path']['training_states'], f'{current_iter}.state'))
+
+    @master_only
+    def _save(self, content: dict, path: str) -> None:
+        aside = f'{path}.{os.getpid()}.tmp'
+        torch.save(content, aside)
+        os.replace(aside, path)
+
+    def _log_means(
+        self, name: str, means: dict[str, float], current_iter: int | str, tb_logger: SummaryWriter | None
+    ) -> None:
+        self._initialize_best_metric_results(name)
+        self.metric_results = {metric: means[metric] for metric in self.metrics}
+        for metric, value in self.metric_results.items():
+            self._update_best_metric_result(name, metric, value, current_iter)
+        self._log_validation_metric_values(current_iter, name, tb_logger)
+
+
+def _float_rgb(img: Tensor) -> np.ndarray:
+    return img[0].permute(1, 2, 0).double().numpy()
+
+
+def _uint8_bgr(img: Tensor) -> np.ndarray:
+    return tensor2img([img])
+
+
+def compare(images: dict[str, Tensor], scores: dict[str, str | float]) -> np.ndarray:
+    """Panels degraded | restored | clean with the scores of the first two; BGR uint8."""
+    captions = {name: [name] for name in images}
+    for column, value in scores.items():
+        if isinstance(value, float):
+            panel = 'degraded' if column.endswith('_input') else 'restored'
+            captions[panel].append(f'{column.removesuffix("_input")} {value:.2f}')
+    if images['degraded'].shape != images['restored'].shape:
+        images = {name: img for name, img in images.items() if name != 'degraded'}
+    return panels([_uint8_bgr(img) for img in images.values()], [', '.join(captions[name]) for name in images])

@@ -1,0 +1,140 @@
+"""What a validation leaves behind: a markdown table, a CSV with a row an image, and comparison pictures."""
+
+import csv
+import io
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+PANELS = ('degraded', 'restored', 'clean')
+PANEL_SIZE = (320, 480)  # at most, height and width in pixels
+BAND = 26  # pixels for the words above a panel
+
+
+@dataclass
+class SetResult:
+    """Scores of one validation set.
+
+    Attributes:
+        benchmark: Sets of one benchmark share a mean.
+        rows: For each image, its name and its scores by column, such as ``psnr`` and ``psnr_input``.
+        picture: The first image's panels, BGR uint8.
+    """
+
+    benchmark: str
+    rows: list[dict[str, str | float]] = field(default_factory=list)
+    picture: np.ndarray | None = None
+
+    def means(self) -> dict[str, float]:
+        """Mean over the images, by column."""
+        columns = [name for name in self.rows[0] if name != 'image']
+        return {name: float(np.mean([row[name] for row in self.rows])) for name in columns}
+
+
+class Report:
+    """Results of the latest validation, set by set; the files are complete whenever they are there.
+
+    Args:
+        folder: Where ``results.md``, ``results.csv``, ``comparison.png`` and ``comparison/<set>.png`` go.
+        title: First line of the table.
+        metrics: Each metric's name and options, to be stated below the table.
+    """
+
+    def __init__(self, folder: str, title: str, metrics: dict[str, dict]) -> None:
+        self.folder = Path(folder)
+        self.title = title
+        self.metrics = metrics
+        self.iteration: int | str | None = None
+        self.sets: dict[str, SetResult] = {}
+
+    def has(self, name: str, iteration: int | str) -> bool:
+        """Whether the set's results of this iteration are there."""
+        return iteration == self.iteration and name in self.sets
+
+    def add(self, name: str, iteration: int | str, result: SetResult) -> None:
+        """Take in one set's results, dropping those of other iterations, and write the files anew."""
+        if iteration != self.iteration:
+            self.iteration, self.sets = iteration, {}
+        self.sets[name] = result
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_beside(self.folder / 'results.md', self.markdown().encode())
+        write_beside(self.folder / 'results.csv', self.csv().encode())
+        if result.picture is not None:
+            write_picture(self.folder / 'comparison' / f'{name}.png', result.picture)
+            write_picture(self.folder / 'comparison.png', stack([result.picture for result in self.sets.values()]))
+
+    def markdown(self) -> str:
+        """The table: a row a set, a mean a benchmark."""
+        columns = list(dict.fromkeys(column for result in self.sets.values() for column in result.means()))
+        lines = [f'# {self.title}, iteration {self.iteration}', '']
+        lines.append('| set | images | ' + ' | '.join(column.replace('_', ' ') for column in columns) + ' |')
+        lines.append('|---|---:|' + '---:|' * len(columns))
+        for name, result in self.sets.items():
+            lines.append(_row(name, len(result.rows), result.means(), columns))
+        for benchmark in dict.fromkeys(result.benchmark for result in self.sets.values()):
+            members = [result for result in self.sets.values() if result.benchmark == benchmark]
+            means = [result.means() for result in members]
+            mean = {c: float(np.mean([m[c] for m in means])) for c in columns if all(c in m for m in means)}
+            lines.append(_row(f'**mean of {benchmark}**', sum(len(r.rows) for r in members), mean, columns))
+        lines += ['', '`input`: the degraded image scored in the same way. Means of sets, not of images.', '']
+        for name, options in self.metrics.items():
+            lines.append(f'- {name}: ' + ', '.join(f'{key} {value}' for key, value in options.items()))
+        return '\n'.join(lines) + '\n'
+
+    def csv(self) -> str:
+        """One line an image: set, image, scores."""
+        rows = [{'set': name, **row} for name, result in self.sets.items() for row in result.rows]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+
+def _row(name: str, count: int, values: dict[str, float], columns: list[str]) -> str:
+    cells = [_format(column, values[column]) if column in values else '' for column in columns]
+    return f'| {name} | {count} | ' + ' | '.join(cells) + ' |'
+
+
+def _format(column: str, value: float) -> str:
+    return f'{value:.2f}' if 'psnr' in column else f'{value:.4f}'
+
+
+def panels(images: list[np.ndarray], captions: list[str]) -> np.ndarray:
+    """Put images side by side, each below its caption; large ones are centre-cropped.
+
+    Args:
+        images: BGR uint8 ``(H, W, 3)``, of one size.
+        captions: One an image.
+    """
+    columns = []
+    for img, caption in zip(images, captions, strict=True):
+        top, left = (max(size - most, 0) // 2 for size, most in zip(img.shape[:2], PANEL_SIZE, strict=True))
+        img = img[top : top + PANEL_SIZE[0], left : left + PANEL_SIZE[1]]
+        band = np.full((BAND, img.shape[1], 3), 255, np.uint8)
+        cv2.putText(band, caption, (4, BAND - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+        columns.append(np.vstack([band, img]))
+    return np.hstack(columns)
+
+
+def stack(pictures: list[np.ndarray]) -> np.ndarray:
+    """Put pictures below one another, filled up with white to one width."""
+    width = max(picture.shape[1] for picture in pictures)
+    fill = [((0, 0), (0, width - picture.shape[1]), (0, 0)) for picture in pictures]
+    return np.vstack([np.pad(picture, f, constant_values=255) for picture, f in zip(pictures, fill, strict=True)])
+
+
+def write_picture(path: Path, img: np.ndarray) -> None:
+    """Write BGR uint8 as PNG, beside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_beside(path, cv2.imencode('.png', img)[1].tobytes())
+
+
+def write_beside(path: Path, data: bytes) -> None:
+    """Write a file so that the path never holds half of it."""
+    aside = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    aside.write_bytes(data)
+    os.replace(aside, path)

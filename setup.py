@@ -1,0 +1,38 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r"__version__ = '(.+)'", (HERE / 'cea_arch/__init__.py').read_text('utf-8'))[1]
+
+setup(
+    name='cea-arch',
+    version=VERSION,
+    description='Continuous Expert Assembly for all-in-one image restoration, as a plugin for BasicSR',
+    long_description=(HERE / 'README.md').read_text('utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=find_packages(include=['cea_arch', 'cea_arch.*']),
+    python_requires='>=3.10',
+    install_requires=[
+        # its source does not build on Python 3.13 and later; layers and networks work without it
+        'basicsr==1.4.2; python_version < "3.13"',
+        'torch>=2.4',
+        'lmdb',
+        'opencv-python',
+        'addict',
+        'pyyaml',
+        'future',
+        'numpy',
+        'packaging',
+        'scikit-image',
+    ],
+    extras_require={'dev': ['pytest', 'ruff']},
+    entry_points={'console_scripts': ['cea = cea_arch.cli:main']},
+    classifiers=[
+        'License :: OSI Approved :: Apache Software License',
+        'Programming Language :: Python :: 3',
+        'Topic :: Scientific/Engineering :: Image Processing',
+    ],
+)
