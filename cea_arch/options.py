@@ -21,6 +21,7 @@ from basicsr.utils.registry import (
 
 from cea_arch.data.all_in_one_dataset import DATASET_KEYS, positive_int
 from cea_arch.errors import UserError, check_keys, suggest
+from cea_arch.models.cea_model import optimizer_class
 
 LOADER_KEYS = {
     'batch_size_per_gpu',
@@ -209,10 +210,8 @@ def _check_training(opt: dict[str, Any]) -> None:
     total = int(train['total_iter'])
     if not isinstance(train['optim_g'].get('lr'), (int, float)):
         raise UserError(f'train.optim_g.lr must be a number, got {train["optim_g"].get("lr")!r}.')
-    optimizer = getattr(torch.optim, str(train['optim_g'].get('type')), None)
-    if optimizer is not None:
-        options = {key: value for key, value in train['optim_g'].items() if key != 'type'}
-        _check_arguments(optimizer, options, 'train.optim_g', ('self', 'params'))
+    options = dict(train['optim_g'])
+    _check_arguments(optimizer_class(options.pop('type', None)), options, 'train.optim_g', ('self', 'params'))
     for key in ('pixel_opt', 'fft_opt', 'perceptual_opt'):
         if train.get(key):
             options = dict(train[key])

@@ -48,7 +48,7 @@ def run(args: Namespace) -> None:
         changes.append((module, 'load_resume_state', load_resume_state))
         changes.append((module, 'create_train_val_dataloader', _exact(module.create_train_val_dataloader)))
     _keep_freed_memory()
-    with _replaced(changes), _quiet():
+    with _replaced(changes), _own_log():
         getattr(module, f'{args.command}_pipeline')(str(Path(args.root).absolute()))
 
 
@@ -140,8 +140,11 @@ def _replaced(changes: list[tuple[ModuleType, str, Any]]) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Drop the warning against several validation sets, which CEAModel supports, each time they are validated."""
+def _own_log() -> Iterator[None]:
+    """Give the run its own log file, though another run may have gone before it in this process.
+
+    Drops the warning against several validation sets, which BasicSR repeats each time and CEAModel supports.
+    """
 
     def keep(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith('Multiple validation datasets')
@@ -152,3 +155,7 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(keep)
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+            handler.close()
+        importlib.import_module('basicsr.utils.logger').initialized_logger.clear()

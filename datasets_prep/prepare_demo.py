@@ -14,7 +14,7 @@ from cea_arch.data.lmdb_writer import write_lmdb
 from cea_arch.errors import UserError
 
 SPLITS = {
-    'train': ['astronaut.png', 'motorcycle_left.png', 'rocket.jpg', 'hubble_deep_field.jpg', 'ihc.png', 'retina.jpg'],
+    'train': ['astronaut.png', 'motorcycle_left.png', 'motorcycle_right.png', 'rocket.jpg'],
     'val': ['chelsea.png', 'coffee.png'],
 }
 

@@ -8,6 +8,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import cea_arch  # noqa: E402, F401  before any test imports basicsr
 
 torch.set_num_threads(2)
 

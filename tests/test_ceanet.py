@@ -3,18 +3,21 @@ import torch
 from basicsr.archs import build_network
 from torch.utils.flop_counter import FlopCounterMode
 
-import cea_arch.archs.ceanet_arch as ceanet
-from cea_arch.archs.ceanet_arch import CEANet
+from cea_arch.archs.ceanet_arch import CEANet, Downsample
 from cea_arch.layers import CEABlock, CEALayer
 from cea_arch.layers.transformer import ChannelAttention
 
 TINY = {'size': 'T', 'dim': 8, 'num_blocks': [1, 1, 1, 1], 'heads': [1, 1, 2, 4]}
-BUDGETS = {'base': (25.3e6, 77e9), 'S': (5.9e6, 11.6e9), 'T': (1e6, 3e9)}  # parameters, multiply-accumulates at 256 x 256
+# parameters, and multiply-accumulates at 256 x 256
+BUDGETS = {'base': (25.3e6, 77e9), 'S': (5.9e6, 11.6e9), 'T': (1e6, 3e9)}
 
 
 def lively(net):
-    """Make every CEA layer act, as after training."""
+    """Put what starts at zero off it, as after training, so that every part acts."""
     with torch.no_grad():
+        for p in net.parameters():
+            if not p.any():
+                p.normal_(std=0.1)
         for layer in (m for m in net.modules() if isinstance(m, CEALayer)):
             layer.gamma.normal_()
             layer.adapter.to_out.weight.normal_()
@@ -61,44 +64,31 @@ def test_batch_equals_one_by_one(size):
         torch.testing.assert_close(net(x), torch.cat([net(img[None]) for img in x]), rtol=1e-9, atol=1e-10)
 
 
-def test_padding_stays_out_of_the_conditioning(monkeypatch):
-    """Whatever is padded, and however far, only pixels near the border may notice: nothing reaches the others.
-
-    Convolutions carry a change of the padding inwards by their reach; conditioning and channel attention would carry it
-    everywhere. So the upper left of the image must come out the same, to rounding.
-    """
-    net = lively(CEANet(**TINY)).double()
-    x = torch.rand(1, 3, 203, 211, dtype=torch.float64)
-    pad = ceanet.pad_to_multiple
-
-    def pad_wildly(img, multiple):
-        padded = pad(img, 2 * multiple)
-        padded[..., 203:, :] = 50
-        padded[..., :, 211:] = -50
-        return padded
-
+@pytest.mark.parametrize('size', [(32, 48), (37, 41), (33, 64), (3, 2)])
+def test_padding_stays_out_of_the_conditioning(size):
+    """Whatever the size, each CEA layer and each attention sees the tokens of the image, and none beside them."""
+    net = lively(CEANet(**TINY))
+    seen = {}
+    for name, module in net.named_modules():
+        if isinstance(module, (CEALayer, ChannelAttention)):
+            module.register_forward_hook(lambda _, args, out, name=name: seen.update({name: args[0].shape[-2:]}))
     with torch.no_grad():
-        usual = net(x)
-        monkeypatch.setattr(ceanet, 'pad_to_multiple', pad_wildly)
-        wild = net(x)
-        monkeypatch.setattr(ceanet, 'image_masks', lambda height, width, padded: [None] * ceanet.NUM_LEVELS)
-        unmasked = net(x)
-    assert (usual - wild)[..., -8:, -8:].abs().max() > 1e-3  # the padding was there
-    assert (usual - wild)[..., :64, :64].abs().max() < 1e-9
-    assert (usual - unmasked)[..., :64, :64].abs().max() > 1e-6  # and would have been noticed
+        net(torch.rand(1, 3, *size))
+    levels = {'latent': 3, 'refinement': 0}
+    for name, shape in seen.items():
+        stage, number = name.split('.')[:2]
+        level = levels.get(stage, int(number))
+        assert shape == tuple(-(-side // 2**level) for side in size), name
+    assert len(seen) == 2 * 5 + 3
 
 
-def test_masked_pixels_do_not_enter_channel_attention():
-    attention = ChannelAttention(8, 2)
-    x = torch.randn(1, 8, 16, 16)
-    mask = torch.zeros(16, 16, dtype=torch.bool)
-    mask[:10, :10] = True
-    polluted = torch.where(mask, x, 100 * torch.randn_like(x))
-    inside = (slice(None), slice(None), slice(0, 9), slice(0, 9))  # one pixel from the mask's border: 3x3 convolutions
-    torch.testing.assert_close(attention.qkv_dwconv(attention.qkv(x))[inside], attention.qkv_dwconv(attention.qkv(polluted))[inside])
-    x[..., 9:, :] = polluted[..., 9:, :] = 0  # the same features next to the border
-    x[..., :, 9:] = polluted[..., :, 9:] = 0
-    assert attention(x, mask).isfinite().all()
+def test_completing_an_odd_cell_reaches_no_further_than_a_convolution():
+    """An odd map and the same with its last row and column repeated give equal cells but at that border."""
+    down = Downsample(4)
+    x = torch.rand(1, 4, 21, 15)
+    odd, even = down(x), down(torch.nn.functional.pad(x, (0, 1, 0, 1), mode='replicate'))
+    assert odd.shape == even.shape == (1, 8, 11, 8)
+    torch.testing.assert_close(odd[..., :-1, :-1], even[..., :-1, :-1])
 
 
 def test_channel_attention_equals_its_definition():
@@ -132,10 +122,18 @@ def test_every_parameter_gets_a_gradient():
     [
         ({'size': 'XL'}, "size must be one of base, S, T, got 'XL'"),
         ({'size': 'T', 'num_blocks': [1, 2]}, r'num_blocks must have 4 numbers, got \[1, 2\]'),
-        ({'size': 'T', 'cea_stages': ['middle']}, "cea_stages may hold encoder, latent, decoder, refinement, got 'middle'"),
+        (
+            {'size': 'T', 'cea_stages': ['middle']},
+            "cea_stages may hold encoder, latent, decoder, refinement, got 'middle'",
+        ),
         ({'size': 'T', 'dim': 10, 'heads': [3, 2, 4, 8]}, 'dim must be a multiple of num_heads, got dim=10'),
     ],
 )
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         CEANet(**options)
+
+
+def test_a_fresh_network_is_the_identity():
+    x = torch.rand(1, 3, 19, 22)
+    assert torch.equal(CEANet(**TINY)(x), x)

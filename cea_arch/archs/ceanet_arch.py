@@ -45,15 +45,6 @@ SIZES = {
 }
 
 
-class Stage(nn.ModuleList):
-    """Blocks of one level, in sequence."""
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        for block in self:
-            x = block(x, mask)
-        return x
-
-
 @ARCH_REGISTRY.register()
 class CEANet(nn.Module):
     """Restore an image of unknown, mixed, spatially varying degradation: U-Net of :class:`CEABlock`, global residual.
@@ -62,8 +53,8 @@ class CEANet(nn.Module):
     level to level. Blocks as in Restormer; a CEA layer after each block of the stages named in ``cea_stages``. The
     architecture is our choice; its named sizes keep to the compute of the leanest peers.
 
-    Any H, W >= 1: the image is padded inside to a multiple of 8 (reflect, replicate where it is too small for that) and
-    cropped back. Padding enters neither the CEA layers' conditioning nor the channel attention's statistics.
+    Any H, W >= 1, without padding the image: each level has the size that it needs, half the one above, rounded up. So
+    no padded token exists that could enter the CEA layers' conditioning or the channel attention's statistics.
 
     Args:
         num_in_ch: Channels of the input and output image.
@@ -124,70 +115,58 @@ class CEANet(nn.Module):
             routing=routing,
         )
 
-        def stage(name: str, level: int, num_blocks: int) -> Stage:
+        def stage(name: str, level: int, num_blocks: int) -> nn.Sequential:
             sizes = (dim * 2**level, heads[level], settings['ffn_expansion_factor'])
             if name in cea_stages:
-                return Stage(CEABlock(*sizes, **cea_options) for _ in range(num_blocks))
-            return Stage(TransformerBlock(*sizes) for _ in range(num_blocks))
+                return nn.Sequential(*(CEABlock(*sizes, **cea_options) for _ in range(num_blocks)))
+            return nn.Sequential(*(TransformerBlock(*sizes) for _ in range(num_blocks)))
 
         *encoder, latent = settings['num_blocks']
         decoder = settings['num_dec_blocks']
         levels = range(NUM_LEVELS - 1)
         self.embed = nn.Conv2d(num_in_ch, dim, 3, padding=1, bias=False)
         self.encoder = nn.ModuleList(stage('encoder', level, encoder[level]) for level in levels)
-        self.down = nn.ModuleList(_down(dim * 2**level) for level in levels)
+        self.down = nn.ModuleList(Downsample(dim * 2**level) for level in levels)
         self.latent = stage('latent', NUM_LEVELS - 1, latent)
-        self.up = nn.ModuleList(_up(dim * 2 ** (level + 1)) for level in levels)
+        self.up = nn.ModuleList(_upsample(dim * 2 ** (level + 1)) for level in levels)
         self.fuse = nn.ModuleList(nn.Conv2d(dim * 2 ** (level + 1), dim * 2**level, 1, bias=False) for level in levels)
         self.decoder = nn.ModuleList(stage('decoder', level, decoder[level]) for level in levels)
         self.refinement = stage('refinement', 0, settings['num_refinement_blocks'])
         self.output = nn.Conv2d(dim, num_in_ch, 3, padding=1, bias=False)
+        nn.init.zeros_(self.output.weight)  # a fresh network is the identity
 
     def forward(self, x: Tensor) -> Tensor:
         """Restore RGB images ``(B, C, H, W)`` in [0, 1]; same shape out, not clipped."""
-        height, width = x.shape[-2:]
-        padded = pad_to_multiple(x, 2 ** (NUM_LEVELS - 1))
-        masks = image_masks(height, width, padded)
-        features = self.embed(padded)
+        features = self.embed(x)
         skips = []
-        for level in range(NUM_LEVELS - 1):
-            skips.append(self.encoder[level](features, masks[level]))
-            features = self.down[level](skips[-1])
-        features = self.latent(features, masks[-1])
+        for encoder, down in zip(self.encoder, self.down, strict=True):
+            skips.append(encoder(features))
+            features = down(skips[-1])
+        features = self.latent(features)
         for level in reversed(range(NUM_LEVELS - 1)):
-            features = self.fuse[level](torch.cat([self.up[level](features), skips[level]], dim=1))
-            features = self.decoder[level](features, masks[level])
-        features = self.refinement(features, masks[0])
-        return (padded + self.output(features))[..., :height, :width]
+            skip = skips.pop()
+            features = self.up[level](features)[..., : skip.shape[-2], : skip.shape[-1]]
+            features = self.decoder[level](self.fuse[level](torch.cat([features, skip], dim=1)))
+        return x + self.output(self.refinement(features))
 
 
-def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Pad ``(B, C, H, W)`` at the bottom and right up to multiples of ``multiple`` pixels: reflect, else replicate."""
-    height, width = x.shape[-2:]
-    bottom, right = -height % multiple, -width % multiple
-    if not (bottom or right):
-        return x
-    mode = 'reflect' if bottom < height and right < width else 'replicate'
-    return F.pad(x, (0, right, 0, bottom), mode=mode)
+class Downsample(nn.Module):
+    """Half the size, rounded up, and twice the channels; an odd last row or column is repeated to fill its cells."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim // 2, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, C, H, W)`` to ``(B, 2C, ceil(H/2), ceil(W/2))``."""
+        x = self.conv(x)
+        odd_row, odd_column = x.shape[-2] % 2, x.shape[-1] % 2
+        if odd_row or odd_column:
+            x = F.pad(x, (0, odd_column, 0, odd_row), mode='replicate')
+        return F.pixel_unshuffle(x, 2)
 
 
-def image_masks(height: int, width: int, padded: Tensor) -> list[Tensor | None]:
-    """For each level, a boolean ``(H', W')``: which features see a pixel of the image. ``None`` where all do."""
-    if padded.shape[-2:] == (height, width):
-        return [None] * NUM_LEVELS
-    masks = []
-    for level in range(NUM_LEVELS):
-        rows, columns = (torch.arange(0, size, 2**level, device=padded.device) for size in padded.shape[-2:])
-        masks.append((rows < height).unsqueeze(1) & (columns < width))
-    return masks
-
-
-def _down(dim: int) -> nn.Sequential:
-    """Half the size, twice the channels."""
-    return nn.Sequential(nn.Conv2d(dim, dim // 2, 3, padding=1, bias=False), nn.PixelUnshuffle(2))
-
-
-def _up(dim: int) -> nn.Sequential:
+def _upsample(dim: int) -> nn.Sequential:
     """Twice the size, half the channels."""
     return nn.Sequential(nn.Conv2d(dim, dim * 2, 1, bias=False), nn.PixelShuffle(2))
 

@@ -1,5 +1,6 @@
 """One dataset of several sources, each with its own degradation and share: what all-in-one training draws from."""
 
+import bisect
 import itertools
 import zlib
 from typing import Any
@@ -174,7 +175,9 @@ class AllInOneDataset(Dataset):
         return '\n'.join(lines)
 
     def _locate(self, index: int) -> tuple[Source, str, str]:
-        position = next(i for i, end in enumerate(self.ends) if index < end)
+        if not 0 <= index < len(self):
+            raise IndexError(f'sample {index} of {len(self)}')
+        position = bisect.bisect_right(self.ends, index)
         source = self.sources[position]
         start = self.ends[position - 1] if position else 0
         return source, *source.pairs[(index - start) % len(source.pairs)]

@@ -134,7 +134,8 @@ def _image_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as img:
             width, height = img.size
-            transposed = img.getexif().get(_EXIF_ORIENTATION) in _EXIF_TRANSPOSED
+            # Pillow would decode a whole PNG to find its EXIF data
+            transposed = img.format != 'PNG' and img.getexif().get(_EXIF_ORIENTATION) in _EXIF_TRANSPOSED
     except (UnidentifiedImageError, OSError) as error:
         raise UserError(f'{path} is not a readable image: {error}.') from error
     return (width, height) if transposed else (height, width)

@@ -155,28 +155,25 @@ class CrossAttentionHyperAdapter(nn.Module):
         keys = self.to_k.weight.view(self.num_heads, width // self.num_heads, -1)  # (h, d/h, C)
         return (queries @ keys / math.sqrt(width // self.num_heads)).flatten(0, 1)
 
-    def read(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def read(self, tokens: Tensor) -> Tensor:
         """Attention-weighted sums of tokens ``(B, N, C)``, one a head and probe: ``(B, h, r, C)``."""
         with torch.autocast(tokens.device.type, enabled=False):
             queries = self.folded_queries().to(tokens.dtype).expand(len(tokens), -1, -1)
         logits = queries @ tokens.mT  # (B, h*r, N)
         logits = logits.float() if logits.dtype.itemsize < 4 else logits
-        if mask is not None:
-            logits = logits.masked_fill(~mask, -math.inf)
         sums = logits.softmax(-1).to(tokens.dtype) @ tokens
         return sums.unflatten(1, (self.num_heads, -1))
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Write the components of each image.
 
         Args:
             tokens: Normalised tokens ``(B, N, C)``, N >= 1.
-            mask: Boolean ``(N,)``; tokens where it is false are not read.
 
         Returns:
             Routing bases A and residual directions D, each ``(B, r, C)``.
         """
-        sums = self.read(tokens, mask)
+        sums = self.read(tokens)
         with torch.autocast(tokens.device.type, enabled=False):
             values = self.to_v.weight.view(self.num_heads, -1, sums.shape[-1])  # (h, d/h, C)
             heads = sums.to(values.dtype) @ values.mT  # (B, h, r, d/h)
@@ -218,9 +215,9 @@ class PooledHyperAdapter(nn.Module):
         self.write = ComponentWriter(dim, rank, width)
         nn.init.zeros_(self.describe[-1].weight)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`CrossAttentionHyperAdapter.forward`."""
-        mean = (tokens if mask is None else tokens[:, mask]).mean(1)
+        mean = tokens.mean(1)
         with torch.autocast(tokens.device.type, enabled=False):
             states = self.describe(mean.to(self.probes.dtype)).view(-1, *self.probes.shape)
             return self.write(self.probes + states, tokens.dtype)
@@ -238,7 +235,7 @@ class StaticBank(nn.Module):
         self.bases = nn.Parameter(torch.randn(rank, dim))
         self.directions = nn.Parameter(torch.randn(rank, dim) * rank**-0.5)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`CrossAttentionHyperAdapter.forward`; the tokens are not read."""
         return tuple(bank.to(tokens.dtype).expand(len(tokens), -1, -1) for bank in (self.bases, self.directions))
 
@@ -285,18 +282,16 @@ class CEALayer(nn.Module):
         self.adapter = CONDITIONINGS[conditioning](dim, rank, width, num_heads)
         self.gamma = nn.Parameter(torch.zeros(dim))
 
-    def condition(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Components ``(A, D)``, each ``(B, r, C)``, of features ``x``; arguments as for :meth:`forward`."""
+    def condition(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Components ``(A, D)``, each ``(B, r, C)``, of features ``x`` in the layer's layout."""
         self._check(x)
-        return self.adapter(self.norm(as_tokens(x, self.layout)), None if mask is None else mask.flatten())
+        return self.adapter(self.norm(as_tokens(x, self.layout)))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, components: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, components: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Add to each token of ``x`` the residual it assembles.
 
         Args:
-            x: Features in the layer's layout, any number of tokens >= 1. mask: Boolean ``(H, W)`` or ``(N,)``, true
-            where a token belongs to the image; padding outside of it does not
-                enter the conditioning. ``None``: all tokens do.
+            x: Features in the layer's layout, any number of tokens >= 1.
             components: ``(A, D)`` to use instead of this image's own, each ``(B, r, C)``.
 
         Returns:
@@ -309,7 +304,7 @@ class CEALayer(nn.Module):
         tokens = as_tokens(x, self.layout)
         normed = self.norm(tokens)
         if components is None:
-            components = self.adapter(normed, None if mask is None else mask.flatten())
+            components = self.adapter(normed)
         residual = assemble(normed, *components, self.routing)
         return from_tokens(torch.addcmul(tokens, residual.to(x.dtype), self.gamma.to(x.dtype)), x, self.layout)
 

@@ -25,11 +25,9 @@ class ChannelAttention(nn.Module):
         self.qkv_dwconv = nn.Conv2d(3 * dim, 3 * dim, 3, padding=1, groups=3 * dim, bias=False)
         self.project_out = nn.Conv2d(dim, dim, 1, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map ``(B, C, H, W)`` to the same shape; where ``mask`` ``(H, W)`` is false, pixels enter no statistics."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, C, H, W)`` to the same shape."""
         q, k, v = self.qkv_dwconv(self.qkv(x)).chunk(3, dim=1)
-        if mask is not None:
-            q, k = q * mask, k * mask
         q, k, v = (t.reshape(len(x), self.num_heads, -1, x.shape[-2] * x.shape[-1]) for t in (q, k, v))
         # normalising the (C/h, C/h) product instead of q and k saves two passes over the pixels
         norms = [t.norm(dim=-1, dtype=torch.float32 if t.dtype.itemsize < 4 else t.dtype) for t in (q, k)]
@@ -62,6 +60,9 @@ class GatedFeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm channel attention, then a pre-norm gated feed-forward, each with a residual.
 
+    Both branches start at zero, so that a fresh block is the identity and a fresh network a clear path from input to
+    output. Our choice; in a pilot of 300 iterations on mixed degradations it gained 0.5 dB at noise 25, one seed.
+
     Args:
         dim, num_heads: Of :class:`ChannelAttention`.
         ffn_expansion_factor: Of :class:`GatedFeedForward`.
@@ -73,10 +74,12 @@ class TransformerBlock(nn.Module):
         self.attn = ChannelAttention(dim, num_heads)
         self.norm2 = ChannelNorm(dim)
         self.ffn = GatedFeedForward(dim, ffn_expansion_factor)
+        for branch in (self.attn, self.ffn):
+            nn.init.zeros_(branch.project_out.weight)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map ``(B, C, H, W)`` to the same shape; ``mask`` as for :class:`ChannelAttention`."""
-        x = x + self.attn(self.norm1(x), mask)
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, C, H, W)`` to the same shape."""
+        x = x + self.attn(self.norm1(x))
         return x + self.ffn(self.norm2(x))
 
 
@@ -102,6 +105,6 @@ class CEABlock(TransformerBlock):
         super().__init__(dim, num_heads, ffn_expansion_factor)
         self.cea = CEALayer(dim, rank, width, cea_heads, conditioning, routing)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map ``(B, C, H, W)`` to the same shape; pixels where ``mask`` ``(H, W)`` is false enter no statistics."""
-        return self.cea(super().forward(x, mask), mask)
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, C, H, W)`` to the same shape."""
+        return self.cea(super().forward(x))

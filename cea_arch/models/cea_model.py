@@ -65,9 +65,14 @@ class CEAModel(SRModel):
         self, optim_type: str, params: list[nn.Parameter], lr: float, **options: Any
     ) -> torch.optim.Optimizer:
         """Build one of ``OPTIMIZERS``; any other name is an error."""
-        if optim_type not in OPTIMIZERS:
-            raise UserError(f'train.optim_g.type {optim_type!r} is not known.{suggest(optim_type, OPTIMIZERS)}')
-        return getattr(torch.optim, optim_type)(params, lr, **options)
+        return optimizer_class(optim_type)(params, lr, **options)
+
+    @master_only
+    def print_network(self, net: nn.Module) -> None:
+        """Log the network's name and size; its modules, as BasicSR prints them, fill screens."""
+        net = self.get_bare_model(net)
+        count = sum(p.numel() for p in net.parameters())
+        get_root_logger().info(f'{type(net).__name__} with {count:,} parameters on {self.device}.')
 
     def feed_data(self, data: dict[str, Any]) -> None:
         """Take a batch: ``lq`` and, where there is one, ``gt``, RGB ``(B, 3, H, W)`` in [0, 1]."""
@@ -194,6 +199,13 @@ class CEAModel(SRModel):
         for metric, value in self.metric_results.items():
             self._update_best_metric_result(name, metric, value, current_iter)
         self._log_validation_metric_values(current_iter, name, tb_logger)
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """One of ``OPTIMIZERS`` by its name; any other is an error that names the nearest."""
+    if name not in OPTIMIZERS:
+        raise UserError(f'train.optim_g.type {name!r} is not known.{suggest(name, OPTIMIZERS)}')
+    return getattr(torch.optim, name)
 
 
 def _float_rgb(img: Tensor) -> np.ndarray:

@@ -1,0 +1,291 @@
+import pickle
+import re
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from basicsr.data import build_dataloader, build_dataset
+from basicsr.data.data_sampler import EnlargedSampler
+
+from cea_arch.data import image_store
+from cea_arch.data.all_in_one_dataset import AllInOneDataset, centre_crop
+from cea_arch.data.image_store import ImageStore
+from cea_arch.data.lmdb_writer import write_lmdb
+from cea_arch.data.pairing import pair_keys
+from cea_arch.errors import UserError
+
+
+def lmdb_of(folder, destination):
+    write_lmdb(((path.stem, path.read_bytes()) for path in sorted(folder.glob('*.png'))), destination)
+    return destination
+
+
+def options(phase='train', gt_size=32, **sources):
+    return {'name': 'set', 'type': 'AllInOneDataset', 'phase': phase, 'gt_size': gt_size, 'sources': sources}
+
+
+def noise(folder, **more):
+    return {'degradation': 'gaussian_noise', 'dataroot_gt': str(folder), **more}
+
+
+def test_sources_repeats_and_samples(image_folder, tmp_path):
+    gt, lq = image_folder('gt', ['a', 'b']), image_folder('lq', ['a', 'b'])
+    dataset = build_dataset(
+        options(
+            denoise=noise(lmdb_of(gt, tmp_path / 'gt.lmdb'), sigmas=[15, 50], repeat=3),
+            derain={'degradation': 'paired', 'dataroot_gt': str(gt), 'dataroot_lq': str(lq)},
+            mixed={'degradation': 'synthetic', 'dataroot_gt': str(gt), 'repeat': 2},
+        )
+    )
+    samples = [dataset[i] for i in range(len(dataset))]
+    assert [sample['task'] for sample in samples] == ['denoise'] * 6 + ['derain'] * 2 + ['mixed'] * 4
+    for sample in samples:
+        for key in ('lq', 'gt'):
+            assert sample[key].shape == (3, 32, 32)
+            assert sample[key].dtype == torch.float32
+            assert 0 <= sample[key].min() <= sample[key].max() <= 1
+    assert not torch.equal(samples[0]['lq'], samples[0]['gt'])
+    assert torch.equal(samples[6]['lq'], samples[6]['gt'])  # the same images in both folders: cropped and turned alike
+    assert 'denoise: gaussian_noise, 2 x 3 = 6 samples (50.0 %)' in dataset.describe()
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+
+
+def test_lmdb_and_disk_agree(image_folder, tmp_path):
+    folder = image_folder('gt', ['a', 'b', 'c'])
+    stores = ImageStore(folder), ImageStore(lmdb_of(folder, tmp_path / 'gt.lmdb'))
+    assert stores[0].sizes == stores[1].sizes == dict.fromkeys('abc', (48, 64))
+    for key in 'abc':
+        assert np.array_equal(stores[0].read(key), stores[1].read(key))
+        assert np.array_equal(stores[0].read(key), cv2.imread(str(folder / f'{key}.png'))[..., ::-1])
+
+
+def test_crops_and_noise_do_not_repeat_from_epoch_to_epoch(image_folder):
+    """The stock loader re-seeds NumPy's and Python's generators alike each time its workers start."""
+    dataset = AllInOneDataset(options(denoise=noise(image_folder('gt', ['a', 'b', 'c', 'd']), sigmas=25)))
+    loader_options = {'phase': 'train', 'batch_size_per_gpu': 1, 'num_worker_per_gpu': 2}
+    sampler = EnlargedSampler(dataset, 1, 0)
+    loader = build_dataloader(dataset, loader_options, num_gpu=0, sampler=sampler, seed=0)
+
+    def epochs():
+        torch.manual_seed(5)
+        out = []
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            out += [{batch['gt_path'][0]: batch for batch in loader}]
+        return out
+
+    first, again = epochs(), epochs()
+    for path in first[0]:
+        for kind in ('gt', 'lq'):
+            images = [epoch[path][kind] for epoch in first]
+            assert not torch.equal(images[0], images[1])
+            assert not torch.equal(images[1], images[2])
+    noises = [epoch[path]['lq'] - epoch[path]['gt'] for epoch in first for path in epoch]
+    assert len({float(n.sum()) for n in noises}) == len(noises)
+    assert torch.equal(first[2][path]['lq'], again[2][path]['lq'])  # and a seed still decides everything
+
+
+@pytest.mark.parametrize('degradation', ['gaussian_noise', 'synthetic'])
+def test_evaluation_is_fixed_whatever_the_order_folder_or_worker(image_folder, tmp_path, degradation):
+    folder = image_folder('gt', ['a', 'b', 'c'])
+    source = {'degradation': degradation, 'dataroot_gt': str(folder)}
+    dataset = AllInOneDataset(options('val', all=source))
+    forward = {s['gt_path'][-5:]: s['lq'] for s in (dataset[i] for i in (0, 1, 2))}
+    torch.manual_seed(99)
+    np.random.seed(99)
+    loader = torch.utils.data.DataLoader(dataset, shuffle=True, num_workers=2)
+    for batch in loader:
+        assert torch.equal(batch['lq'][0], forward[batch['gt_path'][0][-5:]])
+    moved = image_folder('elsewhere/gt', ['b'])
+    shutil.copy(folder / 'b.png', moved / 'b.png')
+    assert torch.equal(
+        AllInOneDataset(options('val', all=source | {'dataroot_gt': str(moved)}))[0]['lq'], forward['b.png']
+    )
+    other = AllInOneDataset(options('val', all=source) | {'seed': 1})
+    assert not torch.equal(other[0]['lq'], forward['a.png'])
+
+
+def test_evaluation_crops_the_centre(image_folder):
+    source = noise(image_folder('gt', ['a'], (50, 67)))
+    sample = AllInOneDataset(options('val', all=source) | {'crop_base': 16})[0]
+    assert sample['gt'].shape == sample['lq'].shape == (3, 48, 64)
+    img = np.arange(50 * 67).reshape(50, 67, 1)
+    assert centre_crop(img, 16)[0, 0, 0] == 1 * 67 + 1
+
+
+def test_sixteen_bit_images_keep_their_depth(tmp_path):
+    img = np.arange(64 * 64 * 3, dtype=np.uint16).reshape(64, 64, 3) * 5
+    for name in ('lq', 'gt'):
+        (tmp_path / name).mkdir()
+        cv2.imwrite(str(tmp_path / name / 'a.png'), img)
+    source = {'degradation': 'paired', 'dataroot_gt': str(tmp_path / 'gt'), 'dataroot_lq': str(tmp_path / 'lq')}
+    sample = AllInOneDataset(options('val', all=source))[0]
+    expected = torch.from_numpy(img[..., ::-1].transpose(2, 0, 1) / 65535.0).float()
+    torch.testing.assert_close(sample['gt'], expected, rtol=0, atol=1e-7)
+
+
+def test_pairing_by_name_id_and_norain():
+    pairs = pair_keys(['rain-1', 'rain-10'], ['norain-10', 'norain-1'], 'set')
+    assert pairs == [('rain-1', 'norain-1'), ('rain-10', 'norain-10')]
+    pairs = pair_keys(['p1/0025_0.8_0.04', 'p1/0025_0.9_0.2', 'p1/0026_1_0.1'], ['p1/0025', 'p1/0026'], 'set')
+    assert [gt for _, gt in pairs] == ['p1/0025', 'p1/0025', 'p1/0026']
+    assert pair_keys(['a_1', 'a_2'], ['a_1', 'a_2'], 'set') == [('a_1', 'a_1'), ('a_2', 'a_2')]
+
+
+def test_real_pairs_are_found(shared_data):
+    for task, count in (('derain', 2), ('dehaze', 2)):
+        folder = shared_data / 'pairs' / task
+        source = {'degradation': 'paired', 'dataroot_gt': str(folder / 'target'), 'dataroot_lq': str(folder / 'input')}
+        dataset = AllInOneDataset(options('val', all=source))
+        assert len(dataset) == count
+        assert all(sample['lq'].shape == sample['gt'].shape for sample in (dataset[i] for i in range(count)))
+
+
+def test_unmatched_pairs_are_named(image_folder):
+    lq, gt = image_folder('lq', ['a', 'b', 'zebra']), image_folder('gt', ['a', 'b', 'zebro', 'c'])
+    source = {'degradation': 'paired', 'dataroot_gt': str(gt), 'dataroot_lq': str(lq)}
+    with pytest.raises(UserError) as error:
+        AllInOneDataset(options(derain=source))
+    assert "1 degraded: 'zebra' (nearest: 'zebro')" in str(error.value)
+    assert "2 ground truth: 'c' (nearest: 'zebra'), 'zebro' (nearest: 'zebra')" in str(error.value)
+    assert "dataset 'set', sources.derain" in str(error.value)
+
+
+@pytest.mark.parametrize('as_lmdb', [True, False])
+def test_pairs_of_unequal_size_are_named(image_folder, tmp_path, as_lmdb):
+    roots = image_folder('lq', ['a'], (48, 64)), image_folder('gt', ['a'], (48, 60))
+    if as_lmdb:
+        roots = [lmdb_of(root, tmp_path / f'{root.name}.lmdb') for root in roots]
+    source = {'degradation': 'paired', 'dataroot_lq': str(roots[0]), 'dataroot_gt': str(roots[1])}
+    with pytest.raises(UserError, match=r'unequal size .*lq\S*/a\S* is \(48, 64\), \S*gt\S*/a\S* is \(48, 60\)'):
+        AllInOneDataset(options(derain=source))
+
+
+def broken_lmdb(folder, tmp_path, how):
+    root = lmdb_of(folder, tmp_path / 'x.lmdb')
+    meta = root / 'meta_info.txt'
+    if how == 'empty':
+        meta.write_text('')
+    elif how == 'no data':
+        (root / 'data.mdb').unlink()
+    elif how == 'bad line':
+        meta.write_text('a.png\n')
+    elif how == 'missing key':
+        meta.write_text(meta.read_text() + 'ghost.png (48,64,3) 1\n')
+    elif how == 'cut':
+        data = (root / 'data.mdb').read_bytes()
+        (root / 'data.mdb').write_bytes(data[: len(data) // 2])
+    return root
+
+
+@pytest.mark.parametrize(
+    ('how', 'message'),
+    [
+        ('empty', r"'\S+x\.lmdb' holds no images"),
+        ('no data', r'not a complete LMDB: data\.mdb is missing'),
+        ('bad line', r"line 1 of \S+meta_info\.txt should read like .*, found 'a\.png'"),
+        ('missing key', r"'ghost' is listed in meta_info\.txt but absent"),
+        ('cut', r'data\.mdb is cut short: \d+ of \d+ bytes'),
+    ],
+)
+def test_broken_lmdbs_are_named(image_folder, tmp_path, how, message):
+    root = broken_lmdb(image_folder('gt', ['a', 'b']), tmp_path, how)
+    with pytest.raises(UserError, match=message):
+        [ImageStore(root).read(key) for key in ('a', 'ghost')]
+
+
+def test_unreadable_files_are_named(image_folder):
+    folder = image_folder('gt', ['a', 'b'])
+    (folder / 'c.png').write_text('not an image')
+    with pytest.raises(UserError, match=r'c\.png is not a readable image'):
+        ImageStore(folder)
+    (folder / 'c.png').unlink()
+    whole = (folder / 'b.png').read_bytes()
+    (folder / 'b.png').write_bytes(whole[: len(whole) // 2])
+    store = ImageStore(folder)  # the header is whole
+    with pytest.raises(UserError, match=r'b\.png cannot be decoded'):
+        store.read('b')
+
+
+def test_a_crop_larger_than_an_image_is_named(image_folder):
+    folder = image_folder('gt', ['small'], (40, 64))
+    with pytest.raises(UserError, match=r'gt_size is 48, but \S+small\.png has only 40 x 64 pixels'):
+        AllInOneDataset(options(gt_size=48, denoise=noise(folder)))
+
+
+@pytest.mark.parametrize(
+    ('source', 'message'),
+    [
+        ({'degradation': 'pairs'}, "degradation must be one of .*, got 'pairs'. Did you mean 'paired'?"),
+        ({'degradation': 'paired'}, r'dataroot_lq is missing'),
+        ({'degradation': 'gaussian_noise', 'sigma': 25}, "unknown key 'sigma'. Did you mean 'sigmas'?"),
+        ({'degradation': 'gaussian_noise', 'quantize': 'floor'}, "quantize must be trunc or round, got 'floor'"),
+        ({'degradation': 'gaussian_noise', 'repeat': 0}, 'repeat must be a whole number of at least 1, got 0'),
+        ({'degradation': 'synthetic', 'tasks': ['fog']}, "tasks may hold low_light, .*, got 'fog'"),
+        ({'degradation': 'synthetic', 'tasks': ['rain'], 'num_tasks': 2}, 'num_tasks must lie in 1 to 1'),
+        ({'degradation': 'gaussian_noise', 'dataroot_gt': 'nowhere'}, "folder 'nowhere' does not exist"),
+        (
+            {'degradation': 'gaussian_noise', 'io_backend': {'type': 'lmdb'}},
+            r"io_backend is lmdb, but the folder is 'gt'",
+        ),
+        ({'degradation': 'gaussian_noise', 'io_backend': {'type': 'zip'}}, "type must be disk or lmdb, got 'zip'"),
+    ],
+)
+def test_bad_options_are_named(image_folder, source, message):
+    folder = image_folder('gt', ['a'])
+    with pytest.raises(UserError, match=message):
+        AllInOneDataset(options(x={'dataroot_gt': str(folder)} | source))
+
+
+def test_no_sources_and_no_images(tmp_path):
+    with pytest.raises(UserError, match='sources must map at least one name'):
+        AllInOneDataset({'name': 'set', 'phase': 'train'})
+    with pytest.raises(UserError, match='holds no images'):
+        AllInOneDataset(options(x=noise(tmp_path)))
+
+
+def test_two_datasets_share_one_lmdb_and_survive_pickling_and_forking(image_folder, tmp_path):
+    root = lmdb_of(image_folder('gt', ['a', 'b']), tmp_path / 'gt.lmdb')
+    train, val = (AllInOneDataset(options(phase, x=noise(root))) for phase in ('train', 'val'))
+    assert train[0]['gt'].shape != val[0]['gt'].shape
+    for start in ('fork', 'spawn'):
+        loader = torch.utils.data.DataLoader(val, num_workers=1, multiprocessing_context=start)
+        assert torch.equal(next(iter(loader))['lq'][0], val[0]['lq'])
+    assert torch.equal(pickle.loads(pickle.dumps(val))[1]['lq'], val[1]['lq'])
+    assert str(root.resolve()) in image_store._clients
+
+
+def test_lmdb_holds_the_files_bytes_and_basicsr_reads_it(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr('cea_arch.data.lmdb_writer._FIRST_MAP_SIZE', 2**15)  # so that the map has to grow
+    folders = image_folder('gt', ['a', 'b']), image_folder('lq', ['a', 'b'])
+    roots = [lmdb_of(folder, tmp_path / f'{folder.name}.lmdb') for folder in folders]
+    assert re.fullmatch(r'a\.png \(48,64,3\) 1\nb\.png \(48,64,3\) 1\n', (roots[0] / 'meta_info.txt').read_text())
+    client = ImageStore(roots[0])._client()
+    assert client.get('a') == (folders[0] / 'a.png').read_bytes()
+    client.client._client['default'].close()
+    image_store._clients.clear()
+    paired = {'name': 's', 'type': 'PairedImageDataset', 'dataroot_gt': str(roots[0]), 'dataroot_lq': str(roots[1])}
+    dataset = build_dataset(paired | {'phase': 'val', 'scale': 1, 'io_backend': {'type': 'lmdb'}})
+    assert dataset[1]['gt'].shape == (3, 48, 64)
+
+
+def test_lmdb_writer_refuses(image_folder, tmp_path):
+    data = (image_folder('gt', ['a']) / 'a.png').read_bytes()
+    with pytest.raises(UserError, match=r'must end in \.lmdb'):
+        write_lmdb([('a', data)], tmp_path / 'x')
+    with pytest.raises(UserError, match="'é' is not ASCII"):
+        write_lmdb([('é', data)], tmp_path / 'x.lmdb')
+    with pytest.raises(UserError, match="'a' is there twice"):
+        write_lmdb([('a', data), ('a', data)], tmp_path / 'x.lmdb')
+    with pytest.raises(UserError, match="image 'a' cannot be decoded"):
+        write_lmdb([('a', data[:50])], tmp_path / 'x.lmdb')
+    with pytest.raises(UserError, match='no images to write'):
+        write_lmdb([], tmp_path / 'x.lmdb')
+    assert not (tmp_path / 'x.lmdb').exists()
+    write_lmdb([('a', data)], tmp_path / 'x.lmdb')
+    with pytest.raises(UserError, match='exists'):
+        write_lmdb([('a', data)], tmp_path / 'x.lmdb')
+    assert write_lmdb([('b', data)], tmp_path / 'x.lmdb', overwrite=True) == 1

@@ -1,0 +1,170 @@
+"""Option files: all of ours build, and mistakes in them get the sentence one would want."""
+
+import copy
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from cea_arch.cli import main
+from cea_arch.data.lmdb_writer import write_lmdb
+from cea_arch.options import check_options, read_options
+
+FILES = sorted((ROOT / 'options').rglob('*.yml'))
+
+
+@pytest.fixture(scope='module')
+def lmdb(tmp_path_factory, photographs):
+    root = tmp_path_factory.mktemp('data') / 'photographs.lmdb'
+    write_lmdb(((name.partition('.')[0], data) for name, data in photographs.items()), root)
+    return root
+
+
+def prepared(path, lmdb, is_train):
+    """The options of a file, its data replaced by a small LMDB and its weights by a file that exists."""
+    opt = read_options(str(path))
+    opt |= {'num_gpu': 0, 'is_train': is_train, 'auto_resume': False, 'dist': False, 'rank': 0, 'world_size': 1}
+    for phase, dataset in opt['datasets'].items():
+        dataset['phase'] = phase.split('_')[0]
+        for source in dataset['sources'].values():
+            source |= {key: str(lmdb) for key in source if key.startswith('dataroot')}
+    if not is_train:
+        opt['path']['pretrain_network_g'] = __file__
+    return opt
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+def test_every_option_file_builds(path, lmdb):
+    opt = prepared(path, lmdb, is_train=path.parent.name != 'test')
+    assert opt['name'] == path.stem
+    check_options(opt)
+    assert path.read_text().splitlines()[1].startswith('# ')
+    assert f'-opt {path.relative_to(ROOT).as_posix()}' in path.read_text().partition('general settings')[0]
+
+
+def test_the_benchmarks_keep_their_protocols():
+    """Samples an epoch, batch and iterations, as the literature has them."""
+    images = {'bsd400_wed': 5144, 'raintrainl': 200, 'ots': 72135, 'gopro': 2103, 'lol': 485}
+    for name, samples, epochs, horizon in (('cea_aio3', 142431, 120, 150), ('cea_aio5', 162646, 150, 180)):
+        opt = read_options(str(ROOT / 'options' / f'{name}.yml'))
+        total = 0
+        for source in opt['datasets']['train']['sources'].values():
+            stem = source['dataroot_gt'].rpartition('/')[2].removesuffix('.lmdb').removesuffix('_gt')
+            total += images[stem] * source['repeat']
+        assert total == samples
+        per_epoch = samples // (4 * opt['datasets']['train']['batch_size_per_gpu'])
+        assert opt['train']['total_iter'] == pytest.approx(epochs * per_epoch, rel=1e-3)
+        assert opt['train']['scheduler']['periods'] == [pytest.approx(horizon * per_epoch, rel=1e-3)]
+        assert opt['train']['warmup_iter'] == pytest.approx(15 * per_epoch, rel=1e-3)
+        val = [set_['crop_base'] for phase, set_ in opt['datasets'].items() if phase != 'train']
+        assert val == [16] * 5
+    classes = read_options(str(ROOT / 'options/cea_cdd11.yml'))['datasets']['train']['sources']
+    assert len(classes) == 11
+
+
+@pytest.fixture
+def demo(lmdb):
+    opt = prepared(ROOT / 'options/cea_demo.yml', lmdb, is_train=True)
+    return {
+        key: opt[key]
+        for key in ('name', 'model_type', 'num_gpu', 'datasets', 'network_g', 'path', 'train', 'val', 'logger')
+    }
+
+
+@pytest.fixture
+def run(tmp_path, capsys, monkeypatch):
+    """Run ``cea train`` on options; returns exit code and what it said on stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(opt, *flags, command='train'):
+        text = opt if isinstance(opt, str) else yaml.safe_dump(opt)
+        (tmp_path / 'o.yml').write_text(text)
+        capsys.readouterr()
+        code = main([command, '-opt', 'o.yml', *flags])
+        said = capsys.readouterr()
+        assert said.out == ''
+        return code, said.err.strip()
+
+    return call
+
+
+MISTAKES = [
+    ('network_g.type', 'CEANett', "network_g.type: 'CEANett' is not registered. Did you mean 'CEANet'?"),
+    ('network_g.ranks', 4, "network_g: unknown key 'ranks'. Did you mean 'rank'?"),
+    ('network_g.size', 'XL', "network_g: size must be one of base, S, T, got 'XL'."),
+    ('datasets.train.type', 'AllInOne', "'AllInOne' is not registered. Did you mean 'AllInOneDataset'?"),
+    ('datasets.train.gt_sise', 64, "datasets.train: unknown key 'gt_sise'. Did you mean 'gt_size'?"),
+    ('datasets.train.gt_size', 4096, 'gt_size is 4096, but'),
+    ('datasets.train.sources.denoise.sigma', 25, "sources.denoise: unknown key 'sigma'. Did you mean 'sigmas'?"),
+    ('datasets.train.sources.denoise.dataroot_gt', 'nowhere.lmdb', "folder 'nowhere.lmdb' does not exist"),
+    ('datasets.train.batch_size_per_gpu', '8', "batch_size_per_gpu must be a whole number of at least 1, got '8'"),
+    ('datasets.train.batch_size_per_gpu', 10**6, 'a batch of 1000000 is more than the'),
+    ('datasets.vall', {'name': 'x'}, 'datasets.vall: a data set is called train, val, val_1'),
+    ('train.warmup_iters', 5, "train: unknown key 'warmup_iters'. Did you mean 'warmup_iter'?"),
+    ('train.optim_g.lr', 'fast', "train.optim_g.lr must be a number, got 'fast'"),
+    ('train.optim_g.type', 'Adamm', "train.optim_g.type 'Adamm' is not known. Did you mean 'Adam'?"),
+    ('train.optim_g.beta', 1, "train.optim_g: unknown key 'beta'. Did you mean 'betas'?"),
+    ('train.pixel_opt.type', 'L1los', "train.pixel_opt.type: 'L1los' is not registered. Did you mean 'L1Loss'?"),
+    ('train.fft_opt', {'type': 'FFT'}, "train.fft_opt.type: 'FFT' is not registered. Did you mean 'FFTLoss'?"),
+    ('train.scheduler.type', 'Cosine', "train.scheduler.type 'Cosine' is not known."),
+    ('train.scheduler.periods', [5], 'train.scheduler.periods [5] end before total_iter'),
+    ('train.total_iter', None, 'train.total_iter is missing'),
+    ('val.metrics.psnr.type', 'psnr', "val.metrics.psnr.type: 'psnr' is not registered."),
+    ('logger.print_frequency', 1, "logger: unknown key 'print_frequency'. Did you mean 'print_freq'?"),
+    ('path.pretrain_network_g', 'x.pth', "path.pretrain_network_g: file 'x.pth' does not exist"),
+    ('num_gpu', 64, 'num_gpu is 64, but 0 are here; num_gpu: 0 runs on the CPU'),
+    ('model_type', 'CEAModell', "model_type: 'CEAModell' is not registered. Did you mean 'CEAModel'?"),
+    ('modell', 1, "options: unknown key 'modell'."),
+    ('network_g', None, 'network_g is missing'),
+]
+
+
+@pytest.mark.parametrize(('key', 'value', 'message'), MISTAKES, ids=[f'{key}={value}' for key, value, _ in MISTAKES])
+def test_mistakes_get_one_sentence_and_leave_no_trace(demo, run, tmp_path, key, value, message):
+    opt = copy.deepcopy(demo)
+    *path, last = key.split('.')
+    place = opt
+    for part in path:
+        place = place[part]
+    place[last] = value
+    code, said = run(opt)
+    assert code == 2
+    assert message in said
+    assert said.startswith('cea train: ')
+    assert len(said.splitlines()) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['o.yml']  # nothing archived, nothing begun
+
+
+def test_option_file_that_does_not_exist(capsys):
+    assert main(['train', '-opt', str(ROOT / 'options' / 'cea_dem.yml')]) == 2
+    said = capsys.readouterr().err
+    assert 'does not exist. Did you mean' in said
+    assert 'cea_demo.yml' in said
+
+
+def test_yaml_mistakes(run):
+    code, said = run('name: [\n')
+    assert code == 2
+    assert 'o.yml is not a valid option file' in said
+    code, said = run('!!python/object/apply:os.system ["touch hacked"]')
+    assert code == 2
+    assert 'could not determine a constructor' in said
+    code, said = run('')
+    assert code == 2
+    assert 'o.yml: name is missing' in said
+
+
+@pytest.mark.parametrize('text', ['1e-3', '1E-3', '1.e-3', '0.1e-2', '!!float 1e-3', '0.001'])
+def test_numbers_as_people_write_them(tmp_path, text):
+    (tmp_path / 'o.yml').write_text(f'name: 1e3x\nmodel_type: m\nnetwork_g: n\ndatasets: d\ntrain: {{lr: {text}}}\n')
+    opt = read_options(str(tmp_path / 'o.yml'))
+    assert opt['train']['lr'] == 0.001
+    assert opt['name'] == '1e3x'
+
+
+def test_testing_wants_weights(demo, run):
+    opt = {key: value for key, value in demo.items() if key not in ('train', 'logger')}
+    opt['datasets'] = {'test_1': opt['datasets']['val_1']}
+    code, said = run(opt, command='test')
+    assert code == 2
+    assert 'path.pretrain_network_g is missing: without it, untrained weights would be tested' in said

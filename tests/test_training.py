@@ -1,0 +1,232 @@
+"""Whole runs through BasicSR's pipelines, small enough for a test, on a real photograph."""
+
+import csv
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+
+from cea_arch.cli import main
+from cea_arch.data.lmdb_writer import write_lmdb
+from cea_arch.models.report import Report, SetResult, panels
+
+NET = {'type': 'CEANet', 'size': 'T', 'dim': 8, 'num_blocks': [1, 1, 1, 1], 'heads': [1, 1, 2, 4]}
+
+
+@pytest.fixture
+def workplace(tmp_path, photograph, monkeypatch):
+    """A folder with an LMDB of eight small pictures, which is the current one; returns it and the options of a run."""
+    crops = {f'{i}': photograph[i * 20 : i * 20 + 40, i * 30 : i * 30 + 45, ::-1] for i in range(8)}
+    write_lmdb(((key, cv2.imencode('.png', img)[1].tobytes()) for key, img in crops.items()), tmp_path / 'x.lmdb')
+    noise = {'degradation': 'gaussian_noise', 'sigmas': 25, 'dataroot_gt': 'x.lmdb'}
+    dataset = {'type': 'AllInOneDataset', 'benchmark': 'ours'}
+    val = [
+        dataset | {'name': name, 'sources': {'all': noise | {'sigmas': sigma}}}
+        for name, sigma in (('s25', 25), ('s50', 50))
+    ]
+    train = {'name': 'train', 'type': 'AllInOneDataset', 'sources': {'noise': noise}, 'gt_size': 16}
+    opt = {
+        'name': 'run',
+        'model_type': 'CEAModel',
+        'num_gpu': 0,
+        'manual_seed': 0,
+        'datasets': {
+            'train': train | {'num_worker_per_gpu': 0, 'batch_size_per_gpu': 3},
+            'val_1': val[0],
+            'val_2': val[1],
+        },
+        'network_g': NET,
+        'path': {},
+        'train': {
+            'optim_g': {'type': 'AdamW', 'lr': '1e-3'},
+            'scheduler': {'type': 'CosineAnnealingRestartLR', 'periods': [100], 'restart_weights': [1], 'eta_min': 0},
+            'total_iter': 7,
+            'ema_decay': 0.9,
+            'pixel_opt': {'type': 'L1Loss'},
+            'fft_opt': {'type': 'FFTLoss', 'loss_weight': 0.01},
+        },
+        'val': {
+            'val_freq': 4,
+            'save_img': True,
+            'metrics': {
+                'psnr': {'type': 'calculate_psnr_float'},
+                'psnr8': {'type': 'calculate_psnr', 'crop_border': 0},
+            },
+        },
+        'logger': {'print_freq': 1, 'save_checkpoint_freq': 2, 'use_tb_logger': True},
+    }
+    monkeypatch.chdir(tmp_path)
+    return tmp_path, opt
+
+
+def train(folder, opt, *flags, name='o.yml'):
+    (folder / name).write_text(yaml.safe_dump(opt))
+    return main(['train', '-opt', name, *flags])
+
+
+def log_of(folder):
+    return sorted((folder / 'experiments/run').glob('train_*.log'))[-1].read_text()
+
+
+def test_a_run_leaves_what_it_should(workplace):
+    folder, opt = workplace
+    assert train(folder, opt) == 0
+    run = folder / 'experiments' / 'run'
+    log = log_of(folder)
+    assert [int(i) for i in re.findall(r'iter:\s+(\d+), lr', log)] == [1, 2, 3, 4, 5, 6, 7]  # 8 samples in batches of 3
+    assert 'l_pix: ' in log
+    assert 'l_fft: ' in log
+    assert 'noise: gaussian_noise, 8 x 1 = 8 samples (100.0 %)' in log
+    assert 'Multiple validation' not in log
+    assert len(log.splitlines()[0]) < 150  # no banner
+    assert sorted(p.name for p in (run / 'models').iterdir()) == [f'net_g_{i}.pth' for i in (2, 4, 6, 'latest')]
+    assert sorted(p.name for p in (run / 'training_states').iterdir()) == ['2.state', '4.state', '6.state']
+    assert list((folder / 'tb_logger/run').glob('events*'))
+    assert log.count('# psnr: ') == 4  # two sets at iteration 4 and two at the end, none twice
+
+
+def test_the_table_says_what_the_images_say(workplace):
+    folder, opt = workplace
+    train(folder, opt)
+    run = folder / 'experiments' / 'run'
+    rows = list(csv.DictReader((run / 'results.csv').open()))
+    assert list(rows[0]) == ['set', 'image', 'psnr_input', 'psnr', 'psnr8_input', 'psnr8']
+    assert [(row['set'], row['image']) for row in rows] == [(s, str(i)) for s in ('s25', 's50') for i in range(8)]
+    clean = cv2.cvtColor(cv2.imdecode(np.frombuffer(_stored(folder, '3'), np.uint8), 1), cv2.COLOR_BGR2RGB)
+    saved = cv2.imread(str(run / 'visualization/s50/3_7.png'))[..., ::-1]
+    psnr8 = 10 * np.log10(255**2 / np.mean((saved.astype(float) - clean) ** 2))
+    assert float(rows[11]['psnr8']) == pytest.approx(psnr8, abs=1e-9)
+    assert float(rows[11]['psnr']) == pytest.approx(psnr8, abs=0.05)
+    mean = np.mean([float(row['psnr']) for row in rows[8:]])
+    table = (run / 'results.md').read_text()
+    assert f'| {mean:.2f} |' in next(line for line in table.splitlines() if line.startswith('| s50 | 8 |'))
+    both = np.mean([float(row['psnr']) for row in rows])
+    assert f'| {both:.2f} |' in next(
+        line for line in table.splitlines() if line.startswith('| **mean of ours** | 16 |')
+    )
+    assert '# run, iteration 7' in table
+    assert cv2.imread(str(run / 'comparison/s25.png')).shape == (40 + 26, 3 * 45, 3)
+    assert cv2.imread(str(run / 'comparison.png')).shape == (2 * (40 + 26), 3 * 45, 3)
+
+
+def _stored(folder, key):
+    from cea_arch.data.image_store import ImageStore
+
+    return bytes(ImageStore(folder / 'x.lmdb')._client().get(key))
+
+
+def test_ema_weights_are_saved_and_tested(workplace):
+    folder, opt = workplace
+    train(folder, opt)
+    weights = torch.load(folder / 'experiments/run/models/net_g_latest.pth', weights_only=True)
+    assert set(weights) == {'params', 'params_ema'}
+    assert not torch.equal(weights['params']['embed.weight'], weights['params_ema']['embed.weight'])
+    trained = list(csv.DictReader((folder / 'experiments/run/results.csv').open()))
+    test = {key: opt[key] for key in ('name', 'model_type', 'num_gpu', 'network_g', 'val')}
+    test['datasets'] = {'test_1': opt['datasets']['val_1'], 'test_2': opt['datasets']['val_2']}
+    test['path'] = {'pretrain_network_g': 'experiments/run/models/net_g_latest.pth', 'param_key_g': 'params_ema'}
+    (folder / 't.yml').write_text(yaml.safe_dump(test))
+    assert main(['test', '-opt', 't.yml', '--root', 'there']) == 0
+    tested = list(csv.DictReader((folder / 'there/results/run/results.csv').open()))
+    assert tested == trained
+    assert len(list((folder / 'there/results/run/visualization/s25').iterdir())) == 8
+
+
+def test_resume_goes_on_from_the_newest_whole_checkpoint(workplace, caplog):
+    folder, opt = workplace
+    opt['train']['total_iter'] = 4
+    train(folder, opt)
+    run = folder / 'experiments' / 'run'
+    four = torch.load(run / 'training_states/4.state', weights_only=True)
+    (run / 'training_states/6.state').write_bytes((run / 'training_states/4.state').read_bytes()[:1000])  # a torn write
+    opt['train']['total_iter'] = 7
+    assert train(folder, opt, '--auto_resume') == 0
+    assert 'Cannot resume from' in caplog.text
+    assert '6.state' in caplog.text
+    log = log_of(folder)
+    assert f'Resuming training from epoch: {four["epoch"]}, iter: 4' in log
+    assert [int(i) for i in re.findall(r'iter:\s+(\d+), lr', log)] == [5, 6, 7]
+    six = torch.load(run / 'training_states/6.state', weights_only=True)
+    assert six['optimizers'][0]['state'][0]['step'] == 6
+    for state in (run / 'training_states').iterdir():
+        state.write_bytes(b'')
+    assert train(folder, opt, '--auto_resume') == 2  # rather than starting over
+    assert (run / 'models/net_g_6.pth').exists()
+
+
+@pytest.mark.parametrize('start', [['cea_arch/train.py'], ['-m', 'cea_arch.train'], ['-m', 'cea_arch.cli', 'train']])
+def test_an_interrupted_run_is_resumed_by_each_form_of_the_command(workplace, start, monkeypatch):
+    folder, opt = workplace
+    opt['train']['total_iter'] = 100
+    (folder / 'o.yml').write_text(yaml.safe_dump(opt))
+    monkeypatch.setenv('PYTHONPATH', str(ROOT))
+    if start[0].endswith('.py'):
+        start = [str(ROOT / start[0])]
+    command = [sys.executable, *start, '-opt', 'o.yml']
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+    states = folder / 'experiments/run/training_states'
+    deadline = time.monotonic() + 240
+    while not list(states.glob('*.state')) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, said
+    assert 'interrupted. The same command with --auto_resume goes on from the last checkpoint' in said
+    last = max(int(p.stem) for p in states.glob('*.state'))
+    opt['train']['total_iter'] = last + 2
+    assert train(folder, opt, '--auto_resume') == 0
+    assert f'iter: {last}.' in log_of(folder)
+    assert (states / f'{last + 2}.state').exists()
+
+
+def test_failed_saving_leaves_the_old_file(workplace, monkeypatch):
+    folder, opt = workplace
+    train(folder, opt)
+    path = folder / 'experiments/run/models/net_g_6.pth'
+    before = path.read_bytes()
+
+    def fail(content, path):
+        Path(path).write_bytes(b'half')
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(torch, 'save', fail)
+    from cea_arch.models.cea_model import CEAModel
+
+    model = CEAModel.__new__(CEAModel)
+    with pytest.raises(OSError, match='No space left'):
+        model._save({}, str(path))
+    assert path.read_bytes() == before
+
+
+def test_training_on_unequal_sets_and_without_ground_truth(workplace):
+    folder, opt = workplace
+    del opt['val']['metrics']
+    opt['train'] |= {'total_iter': 1, 'ema_decay': 0}
+    assert train(folder, opt) == 0
+    table = (folder / 'experiments/run/results.md').read_text()
+    assert '| s25 | 8 |' in table
+
+
+def test_report_of_sets_with_different_scores(tmp_path):
+    report = Report(tmp_path, 'title', {})
+    picture = panels([np.zeros((400, 600, 3), np.uint8)] * 3, ['a', 'b', 'c'])
+    assert picture.shape == (320 + 26, 3 * 480, 3)
+    report.add('one', 1, SetResult('x', [{'image': 'i', 'psnr': 20.0, 'ssim': 0.5}], picture))
+    report.add('two', 1, SetResult('y', [{'image': 'i', 'psnr': 30.0}], picture[:, :90]))
+    table = report.markdown()
+    assert '| two | 1 | 30.00 |  |' in table
+    assert '| **mean of y** | 1 | 30.00 |  |' in table
+    report.add('two', 2, SetResult('y', [{'image': 'i', 'psnr': 31.0}], picture))
+    assert not report.has('one', 1)
+    assert report.has('two', 2)
+    assert '| one |' not in (tmp_path / 'results.md').read_text()
+    assert not list(tmp_path.rglob('*.tmp'))
