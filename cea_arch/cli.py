@@ -1,24 +1,24 @@
 """The ``cea`` command."""
 
 import argparse
+import importlib
 import sys
+from collections.abc import Callable
 
 import cea_arch
 from cea_arch.compat import HAS_BASICSR, REMEDY
 from cea_arch.errors import UserError
-
-COMMANDS = {
-    'train': 'train a network as an option file says; results go to experiments/<name> and tb_logger/<name>',
-    'test': 'score trained weights on the data sets of an option file; results go to results/<name>',
-}
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='cea', description='Continuous Expert Assembly for image restoration.')
     parser.add_argument('--version', action='version', version=f'cea_arch {cea_arch.__version__}')
     commands = parser.add_subparsers(dest='command', required=True)
-    for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
+    text = 'train a network as an option file says; results go to experiments/<name> and tb_logger/<name>'
+    train = _add(commands, 'train', text, _run_pipeline)
+    text = 'score trained weights on the data sets of an option file; results go to results/<name>'
+    test = _add(commands, 'test', text, _run_pipeline)
+    for command in (train, test):
         command.add_argument('-opt', required=True, help='option YAML file')
         command.add_argument(
             '--root', default='.', help='folder that holds experiments/ and results/ (default: this one)'
@@ -28,10 +28,59 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             '--force_yml', nargs='+', metavar='A:B=C', help='set options, such as train:total_iter=100'
         )
-        if name == 'train':
-            command.add_argument('--auto_resume', action='store_true', help='go on from the last training state')
-            command.add_argument('--debug', action='store_true', help='validate and save every 8 iterations')
+    train.add_argument('--auto_resume', action='store_true', help='go on from the last training state')
+    train.add_argument('--debug', action='store_true', help='validate and save every 8 iterations')
+    _add_score(commands)
+    _add_report(commands)
     return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction, name: str, text: str, call: Callable[[argparse.Namespace], None]
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(call=call)
+    return command
+
+
+def _add_score(commands: argparse._SubParsersAction) -> None:
+    score = _add(commands, 'score', 'score images that any network has written to folders, by a named protocol', _score)
+    score.add_argument(
+        '--set',
+        nargs=3,
+        action='append',
+        required=True,
+        dest='sets',
+        metavar=('NAME', 'RESTORED', 'GT'),
+        help='a set: its name, the folder of restored images, the folder or LMDB of ground truths; may be repeated',
+    )
+    score.add_argument('--protocol', required=True, help='aio, moce-ir, onerestore or basicsr')
+    score.add_argument('--output', required=True, help='folder for results.md, .csv, .json and the pictures')
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    report = _add(commands, 'report', 'put result files side by side, on request beside published figures', _report)
+    report.add_argument('results', nargs='*', help='results.json files of train, test or score')
+    report.add_argument('--published', metavar='BENCHMARK', help='add the published rows: aio3, aio5 or cdd11')
+
+
+def _run_pipeline(args: argparse.Namespace) -> None:
+    importlib.import_module('cea_arch.pipeline').run(args)
+
+
+def _score(args: argparse.Namespace) -> None:
+    saved_images = importlib.import_module('cea_arch.metrics.saved_images')
+    report = saved_images.score_saved_images(args.sets, args.protocol, args.output)
+    print(f'{report.markdown()}\nWritten to {report.folder}.')
+
+
+def _report(args: argparse.Namespace) -> None:
+    comparison = importlib.import_module('cea_arch.metrics.comparison')
+    methods = comparison.published(args.published) if args.published else []
+    methods += [comparison.read_results(path) for path in args.results]
+    if not methods:
+        raise UserError('name result files, or a benchmark with --published.')
+    print(comparison.side_by_side(methods), end='')
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,10 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     if not HAS_BASICSR:
         print(f'cea {args.command}: {REMEDY}', file=sys.stderr)
         return 2
-    from cea_arch.pipeline import run
-
     try:
-        run(args)
+        args.call(args)
     except UserError as error:
         print(f'cea {args.command}: {error}', file=sys.stderr)
         return 2

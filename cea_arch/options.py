@@ -21,6 +21,7 @@ from basicsr.utils.registry import (
 
 from cea_arch.data.all_in_one_dataset import DATASET_KEYS, positive_int
 from cea_arch.errors import UserError, check_keys, suggest
+from cea_arch.metrics.protocols import find_protocol
 from cea_arch.models.cea_model import optimizer_class
 
 LOADER_KEYS = {
@@ -32,6 +33,7 @@ LOADER_KEYS = {
     'prefetch_mode',
     'num_prefetch_queue',
     'benchmark',
+    'group',
 }
 KNOWN_KEYS = {
     '': {
@@ -49,6 +51,7 @@ KNOWN_KEYS = {
     }
     | {'logger', 'dist_params', 'find_unused_parameters', 'auto_resume', 'is_train', 'dist', 'rank', 'world_size'},
     'train': {
+        'accumulate',
         'ema_decay',
         'optim_g',
         'scheduler',
@@ -58,7 +61,7 @@ KNOWN_KEYS = {
         'fft_opt',
         'perceptual_opt',
     },
-    'val': {'val_freq', 'save_img', 'suffix', 'metrics', 'pbar'},
+    'val': {'val_freq', 'save_img', 'suffix', 'protocol', 'metrics', 'pbar'},
     'logger': {'print_freq', 'save_checkpoint_freq', 'use_tb_logger', 'wandb'},
     'path': {'pretrain_network_g', 'param_key_g', 'strict_load_g', 'resume_state', 'experiments_root', 'models', 'log'}
     | {'training_states', 'visualization', 'results_root'},
@@ -123,6 +126,7 @@ def check_options(opt: dict[str, Any]) -> None:
         for section, known in KNOWN_KEYS.items():
             check_keys(opt.get(section) or {} if section else opt, known, section or 'options')
     _check_network(opt['network_g'])
+    _apply_protocol(opt)
     for phase, dataset in opt['datasets'].items():
         _check_dataset(phase, dataset, opt)
     for name, metric in (opt['val'].get('metrics') or {}).items():
@@ -166,6 +170,22 @@ def _check_network(options: dict[str, Any]) -> None:
         raise UserError(f'network_g: {error}') from error
 
 
+def _apply_protocol(opt: dict[str, Any]) -> None:
+    """``val.protocol`` sets the metrics, and the centre crop of evaluation sets that do not set their own."""
+    name = opt['val'].get('protocol')
+    if name is None:
+        return
+    protocol = find_protocol(name, 'val.protocol')
+    given = opt['val'].get('metrics') or {}
+    for metric in given:
+        if metric in protocol.metrics:
+            raise UserError(f'val.metrics.{metric}: protocol {name} defines this metric; give yours another name.')
+    opt['val']['metrics'] = protocol.metrics | given
+    for phase, dataset in opt['datasets'].items():
+        if phase != 'train' and dataset.get('type') == 'AllInOneDataset':
+            dataset.setdefault('crop_base', protocol.crop_base)
+
+
 def _check_dataset(phase: str, options: dict[str, Any], opt: dict[str, Any]) -> None:
     label = f'datasets.{phase}'
     if phase != 'train' and phase.split('_')[0] not in ('val', 'test'):
@@ -180,7 +200,11 @@ def _check_dataset(phase: str, options: dict[str, Any], opt: dict[str, Any]) -> 
     except (UserError, KeyError, OSError, AssertionError, ValueError) as error:
         raise UserError(f'{label}: {error!r}' if isinstance(error, KeyError) else f'{label}: {error}') from error
     if phase == 'train':
-        batch = positive_int(options.get('batch_size_per_gpu'), f'{label}.batch_size_per_gpu') * max(opt['num_gpu'], 1)
+        batch = positive_int(options.get('batch_size_per_gpu'), f'{label}.batch_size_per_gpu')
+        parts = positive_int((opt.get('train') or {}).get('accumulate', 1), 'train.accumulate')
+        if parts > batch:
+            raise UserError(f'train.accumulate: a batch of {batch} on each device cannot be computed in {parts} parts.')
+        batch *= max(opt['num_gpu'], 1)
         samples = len(dataset) * options.get('dataset_enlarge_ratio', 1)
         if batch > samples:
             raise UserError(

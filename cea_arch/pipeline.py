@@ -141,7 +141,7 @@ def _replaced(changes: list[tuple[ModuleType, str, Any]]) -> Iterator[None]:
 
 @contextmanager
 def _own_log() -> Iterator[None]:
-    """Give the run its own log file, though another run may have gone before it in this process.
+    """Give the run its own log file, though BasicSR may have been at work before it in this process.
 
     Drops the warning against several validation sets, which BasicSR repeats each time and CEAModel supports.
     """
@@ -151,11 +151,16 @@ def _own_log() -> Iterator[None]:
 
     logger = logging.getLogger('basicsr')
     logger.addFilter(keep)
+    _reset_log(logger)
     try:
         yield
     finally:
         logger.removeFilter(keep)
-        for handler in list(logger.handlers):
-            logger.removeHandler(handler)
-            handler.close()
-        importlib.import_module('basicsr.utils.logger').initialized_logger.clear()
+        _reset_log(logger)
+
+
+def _reset_log(logger: logging.Logger) -> None:
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    importlib.import_module('basicsr.utils.logger').initialized_logger.clear()

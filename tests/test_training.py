@@ -1,6 +1,7 @@
 """Whole runs through BasicSR's pipelines, small enough for a test, on a real photograph."""
 
 import csv
+import json
 import re
 import signal
 import subprocess
@@ -217,16 +218,68 @@ def test_training_on_unequal_sets_and_without_ground_truth(workplace):
 
 
 def test_report_of_sets_with_different_scores(tmp_path):
-    report = Report(tmp_path, 'title', {})
+    report = Report(tmp_path, 'title', {'psnr': {'type': 'calculate_psnr_float'}}, 'aio')
     picture = panels([np.zeros((400, 600, 3), np.uint8)] * 3, ['a', 'b', 'c'])
     assert picture.shape == (320 + 26, 3 * 480, 3)
-    report.add('one', 1, SetResult('x', [{'image': 'i', 'psnr': 20.0, 'ssim': 0.5}], picture))
-    report.add('two', 1, SetResult('y', [{'image': 'i', 'psnr': 30.0}], picture[:, :90]))
-    table = report.markdown()
-    assert '| two | 1 | 30.00 |  |' in table
-    assert '| **mean of y** | 1 | 30.00 |  |' in table
-    report.add('two', 2, SetResult('y', [{'image': 'i', 'psnr': 31.0}], picture))
+    one = [{'image': 'i', 'psnr': 20.0, 'ssim': 0.5}, {'image': 'j', 'psnr': 22.0, 'ssim': 0.7}]
+    report.add('one', 1, SetResult('x', 'single', one, picture))
+    report.add('two', 1, SetResult('x', 'single', [{'image': 'i', 'psnr': 30.0}], picture[:, :90]))
+    report.add('three', 1, SetResult('x', 'double', [{'image': 'i', 'psnr': 40.0}]))
+    assert report.markdown().splitlines()[2:9] == [
+        '| set | images | psnr (aio) | ssim (aio) |',
+        '|---|---:|---:|---:|',
+        '| one | 2 | 21.00 | 0.6000 |',
+        '| two | 1 | 30.00 |  |',
+        '| three | 1 | 40.00 |  |',
+        '| **mean of single** | 3 | 25.50 |  |',
+        '| **mean of double** | 1 | 40.00 |  |',
+    ]
+    assert '| **mean of x** | 4 | 30.33 |  |' in report.markdown()
+    assert 'Protocol aio: float RGB clipped' in report.markdown()
+    stored = json.loads((tmp_path / 'results.json').read_text())
+    assert stored['protocol'] == 'aio'
+    assert stored['sets']['one'] == {
+        'benchmark': 'x',
+        'group': 'single',
+        'rows': one,
+        'means': {'psnr': pytest.approx(21), 'ssim': pytest.approx(0.6)},
+    }
+    report.add('two', 2, SetResult('y', None, [{'image': 'i', 'psnr': 31.0}], picture))
     assert not report.has('one', 1)
     assert report.has('two', 2)
     assert '| one |' not in (tmp_path / 'results.md').read_text()
     assert not list(tmp_path.rglob('*.tmp'))
+
+
+def test_a_batch_in_parts_makes_the_same_step(workplace):
+    folder, opt = workplace
+    opt['datasets']['train']['batch_size_per_gpu'] = 8
+    opt['val'] = {'val_freq': 100, 'save_img': False}
+    opt['train'] |= {'total_iter': 2, 'optim_g': {'type': 'SGD', 'lr': 0.1}}
+    weights, losses = [], []
+    for accumulate in (1, 3):
+        opt['train']['accumulate'] = accumulate
+        assert train(folder, opt) == 0
+        weights.append(torch.load(folder / 'experiments/run/models/net_g_2.pth', weights_only=True)['params'])
+        losses.append(float(re.findall(r'l_pix: (\S+)', log_of(folder))[-1]))
+    assert 'Effective batch: 8 (1 x 8, each computed in 3 parts)' in log_of(folder)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)
+    assert any((weights[0][name] != weights[1][name]).any() for name in weights[0])  # in parts indeed
+
+
+def test_the_log_says_what_makes_runs_comparable(workplace):
+    folder, opt = workplace
+    opt['val'] = {'val_freq': 100, 'save_img': False, 'protocol': 'moce-ir'}
+    opt['train']['total_iter'] = 1
+    assert train(folder, opt) == 0
+    log = log_of(folder)
+    assert 'Effective batch: 3 (1 x 3)' in log
+    assert 'Loss term l_pix: L1Loss, loss_weight 1.0\n' in log
+    assert 'Loss term l_fft: FFTLoss, loss_weight 0.01, norm backward\n' in log
+    assert 'Scores by protocol moce-ir: float RGB clipped to [0, 1], centre crop to multiples of 16' in log
+    assert 'Validation s25 (moce-ir)' in log
+    table = (folder / 'experiments/run/results.md').read_text()
+    assert 'psnr (moce-ir)' in table
+    assert cv2.imread(str(folder / 'experiments/run/comparison/s25.png')).shape == (32 + 26, 3 * 32, 3)  # of 40 x 45

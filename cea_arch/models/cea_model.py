@@ -1,23 +1,27 @@
 """CEAModel: BasicSR's SRModel for restoration, with float validation, named loss terms and atomic checkpoints."""
 
 import os
-from collections import OrderedDict
+from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from basicsr.losses import build_loss
 from basicsr.models.sr_model import SRModel
-from basicsr.utils import get_root_logger, tensor2img
+from basicsr.utils import get_root_logger
 from basicsr.utils.dist_util import master_only
-from basicsr.utils.registry import METRIC_REGISTRY, MODEL_REGISTRY
+from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from cea_arch.errors import UserError, suggest
-from cea_arch.models.report import PANELS, Report, SetResult, panels, write_picture
+from cea_arch.metrics.protocols import PROTOCOLS, score
+from cea_arch.metrics.psnr_ssim_metric import uint8_bgr
+from cea_arch.models.report import PANELS, Report, SetResult, compare, write_picture
 
 OPTIMIZERS = ('Adam', 'AdamW', 'NAdam', 'RAdam', 'SGD', 'RMSprop')
 
@@ -26,18 +30,20 @@ OPTIMIZERS = ('Adam', 'AdamW', 'NAdam', 'RAdam', 'SGD', 'RMSprop')
 class CEAModel(SRModel):
     """Train and validate a restoration network.
 
-    Beside SRModel's options it reads ``train.fft_opt`` (a loss, such as ``FFTLoss``), any of torch's usual optimizers,
-    ``device: mps``, and from each validation set ``benchmark``: sets of one benchmark get a common mean. Validation
-    gives float RGB images in [0, 1] to the metrics that want them, 8-bit ones to BasicSR's, scores the degraded input
-    beside the result, and writes the files of :class:`Report`.
+    Beside SRModel's options it reads ``train.fft_opt`` (a loss, such as ``FFTLoss``), ``train.accumulate`` (in how many
+    parts, one after the other, a batch is computed: memory for time, with the same result), any of torch's usual
+    optimizers, ``device: mps``, ``val.protocol`` (one of ``PROTOCOLS``), and from each validation set ``benchmark`` and
+    ``group``: sets of one benchmark, and of one group, get a common mean. Validation scores the degraded input beside
+    the result, and writes the files of :class:`Report`.
     """
 
     def __init__(self, opt: dict[str, Any]) -> None:
-        super().__init__(opt)
         val = opt.get('val') or {}
+        self.protocol = val.get('protocol')
+        super().__init__(opt)
         folder = opt['path']['experiments_root' if self.is_train else 'results_root']
         self.metrics = val.get('metrics') or {}
-        self.report = Report(folder, opt['name'], self.metrics)
+        self.report = Report(folder, opt['name'], self.metrics, self.protocol)
 
     def model_to_device(self, net: nn.Module) -> nn.Module:
         """Move ``net`` to CUDA, MPS or CPU; the device is chosen here because BaseModel knows no MPS."""
@@ -49,7 +55,23 @@ class CEAModel(SRModel):
         """As SRModel's, and the frequency loss."""
         fft_opt = self.opt['train'].get('fft_opt')
         self.cri_fft = build_loss(fft_opt).to(self.device) if fft_opt else None
+        self.accumulate = self.opt['train'].get('accumulate', 1)
         super().init_training_settings()
+        get_root_logger().info(self.describe_training())
+
+    def describe_training(self) -> str:
+        """What decides whether two runs can be compared: batch, loss terms with their weights, protocol of scoring."""
+        devices = self.opt['world_size'] if self.opt['dist'] else max(self.opt['num_gpu'], 1)
+        per_device = self.opt['datasets']['train']['batch_size_per_gpu']
+        parts = f', each computed in {self.accumulate} parts' if self.accumulate > 1 else ''
+        lines = [f'Effective batch: {per_device * devices} ({devices} x {per_device}{parts})']
+        for name, loss in (('l_pix', self.cri_pix), ('l_fft', self.cri_fft), ('l_percep', self.cri_perceptual)):
+            if loss:
+                words = [f'{key} {value}' for key, value in vars(loss).items() if key.endswith(('weight', 'norm'))]
+                lines.append(f'Loss term {name}: {type(loss).__name__}, {", ".join(words)}')
+        if self.protocol:
+            lines.append(f'Scores by protocol {self.protocol}: {PROTOCOLS[self.protocol].text}')
+        return '\n'.join(lines)
 
     def setup_optimizers(self) -> None:
         """One optimizer over the parameters that train; says how many do not, once."""
@@ -80,26 +102,32 @@ class CEAModel(SRModel):
         self.gt = data['gt'].to(self.device, non_blocking=True) if 'gt' in data else None
 
     def optimize_parameters(self, current_iter: int) -> None:
-        """One step; each loss term is logged by its name."""
+        """One step on one batch, computed in ``train.accumulate`` parts; each loss term is logged by its name."""
         self.optimizer_g.zero_grad()
-        self.output = self.net_g(self.lq)
-        losses = self.losses()
-        sum(losses.values()).backward()
+        parts = list(zip(self.lq.chunk(self.accumulate), self.gt.chunk(self.accumulate), strict=True))
+        logged = Counter()
+        for number, (lq, gt) in enumerate(parts, 1):
+            share = len(lq) / len(self.lq)
+            with nullcontext() if number == len(parts) else _no_sync(self.net_g):
+                self.output = self.net_g(lq)
+                losses = self.losses(self.output, gt)
+                (share * sum(losses.values())).backward()
+            logged.update({name: share * value.detach() for name, value in losses.items()})
         self.optimizer_g.step()
-        self.log_dict = self.reduce_loss_dict(losses)
+        self.log_dict = self.reduce_loss_dict(logged)
         if self.ema_decay > 0:
             self.model_ema(decay=self.ema_decay)
 
-    def losses(self) -> 'OrderedDict[str, Tensor]':
-        """The active loss terms of the current output, weighted."""
-        losses = OrderedDict()
+    def losses(self, output: Tensor, gt: Tensor) -> dict[str, Tensor]:
+        """The active loss terms, weighted."""
+        losses = {}
         if self.cri_pix:
-            losses['l_pix'] = self.cri_pix(self.output, self.gt)
+            losses['l_pix'] = self.cri_pix(output, gt)
         if self.cri_fft:
-            losses['l_fft'] = self.cri_fft(self.output, self.gt)
+            losses['l_fft'] = self.cri_fft(output, gt)
         if self.cri_perceptual:
-            percep, style = self.cri_perceptual(self.output, self.gt)
-            losses.update({k: v for k, v in (('l_percep', percep), ('l_style', style)) if v is not None})
+            percep, style = self.cri_perceptual(output, gt)
+            losses |= {k: v for k, v in (('l_percep', percep), ('l_style', style)) if v is not None}
         return losses
 
     def validation(
@@ -117,13 +145,14 @@ class CEAModel(SRModel):
         """Validate one set on this process."""
         options = dataloader.dataset.opt
         name = options['name']
-        result = SetResult(options.get('benchmark', self.opt['name']))
+        result = SetResult(options.get('benchmark', self.opt['name']), options.get('group'))
         progress = tqdm(dataloader, desc=f'validating {name}', unit='image', leave=False, disable=None)
         for data in progress:
             self.feed_data(data)
             self.test()
             images = self.current_images()
-            row = {'image': os.path.splitext(os.path.basename(data['lq_path'][0]))[0], **self.score(images)}
+            scores = score(images, self.metrics) if 'clean' in images else {}
+            row = {'image': os.path.splitext(os.path.basename(data['lq_path'][0]))[0], **scores}
             result.rows.append(row)
             if save_img:
                 self.save_image(images['restored'], name, row['image'], current_iter)
@@ -136,31 +165,20 @@ class CEAModel(SRModel):
         if len(self.report.sets) == sum(phase != 'train' for phase in self.opt['datasets']):
             get_root_logger().info(f'{self.report.markdown()}\nWritten to {self.report.folder}.')
 
-    def current_images(self) -> dict[str, Tensor]:
-        """The latest degraded, restored and, if any, clean image, clipped, float32 ``(1, 3, H, W)`` on the CPU."""
+    def current_images(self) -> dict[str, np.ndarray]:
+        """The latest degraded, restored and, if any, clean image: RGB float32 ``(H, W, 3)``, clipped to [0, 1]."""
         tensors = zip(PANELS, (self.lq, self.output, self.gt), strict=True)
-        return {name: t.detach().float().clamp(0, 1).cpu() for name, t in tensors if t is not None}
+        return {
+            name: t[0].detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+            for name, t in tensors
+            if t is not None
+        }
 
-    def score(self, images: dict[str, Tensor]) -> dict[str, float]:
-        """Scores by column: ``<metric>``, and ``<metric>_input`` where input and clean image have one size."""
-        scores = {}
-        if 'clean' not in images:
-            return scores
-        for name, options in self.metrics.items():
-            options = {key: value for key, value in options.items() if key != 'better'}
-            metric = METRIC_REGISTRY.get(options.pop('type'))
-            convert = _float_rgb if getattr(metric, 'float_rgb', False) else _uint8_bgr
-            clean = convert(images['clean'])
-            if images['degraded'].shape == images['clean'].shape:
-                scores[f'{name}_input'] = float(metric(convert(images['degraded']), clean, **options))
-            scores[name] = float(metric(convert(images['restored']), clean, **options))
-        return scores
-
-    def save_image(self, img: Tensor, set_name: str, image_name: str, current_iter: int | str) -> None:
+    def save_image(self, img: np.ndarray, set_name: str, image_name: str, current_iter: int | str) -> None:
         """Write one restored image; each set has its own folder, so that equal names do not overwrite each other."""
         suffix = current_iter if self.is_train else self.opt['val'].get('suffix') or self.opt['name']
         folder = self.report.folder / 'visualization' / set_name
-        write_picture(folder / f'{image_name}_{suffix}.png', _uint8_bgr(img))
+        write_picture(folder / f'{image_name}_{suffix}.png', uint8_bgr(img))
 
     def save_network(self, net: Any, net_label: str, current_iter: int, param_key: Any = 'params') -> None:
         """Save weights under BasicSR's name and keys, beside and renamed."""
@@ -194,6 +212,7 @@ class CEAModel(SRModel):
     def _log_means(
         self, name: str, means: dict[str, float], current_iter: int | str, tb_logger: SummaryWriter | None
     ) -> None:
+        name = f'{name} ({self.protocol})' if self.protocol else name
         self._initialize_best_metric_results(name)
         self.metric_results = {metric: means[metric] for metric in self.metrics}
         for metric, value in self.metric_results.items():
@@ -208,21 +227,6 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     return getattr(torch.optim, name)
 
 
-def _float_rgb(img: Tensor) -> np.ndarray:
-    return img[0].permute(1, 2, 0).double().numpy()
-
-
-def _uint8_bgr(img: Tensor) -> np.ndarray:
-    return tensor2img([img])
-
-
-def compare(images: dict[str, Tensor], scores: dict[str, str | float]) -> np.ndarray:
-    """Panels degraded | restored | clean with the scores of the first two; BGR uint8."""
-    captions = {name: [name] for name in images}
-    for column, value in scores.items():
-        if isinstance(value, float):
-            panel = 'degraded' if column.endswith('_input') else 'restored'
-            captions[panel].append(f'{column.removesuffix("_input")} {value:.2f}')
-    if images['degraded'].shape != images['restored'].shape:
-        images = {name: img for name, img in images.items() if name != 'degraded'}
-    return panels([_uint8_bgr(img) for img in images.values()], [', '.join(captions[name]) for name in images])
+def _no_sync(net: nn.Module) -> AbstractContextManager:
+    """Keep DDP from averaging gradients that are not complete yet."""
+    return net.no_sync() if isinstance(net, DistributedDataParallel) else nullcontext()

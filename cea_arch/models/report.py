@@ -1,13 +1,17 @@
-"""What a validation leaves behind: a markdown table, a CSV with a row an image, and comparison pictures."""
+"""What scoring leaves behind: a markdown table, CSV and JSON with a row an image, and comparison pictures."""
 
 import csv
 import io
+import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
+
+from cea_arch.metrics.protocols import PROTOCOLS
+from cea_arch.metrics.psnr_ssim_metric import uint8_bgr
 
 PANELS = ('degraded', 'restored', 'clean')
 PANEL_SIZE = (320, 480)  # at most, height and width in pixels
@@ -20,11 +24,13 @@ class SetResult:
 
     Attributes:
         benchmark: Sets of one benchmark share a mean.
+        group: So do sets of one group, such as ``single``, ``double`` and ``triple`` degradations.
         rows: For each image, its name and its scores by column, such as ``psnr`` and ``psnr_input``.
         picture: The first image's panels, BGR uint8.
     """
 
     benchmark: str
+    group: str | None = None
     rows: list[dict[str, str | float]] = field(default_factory=list)
     picture: np.ndarray | None = None
 
@@ -38,15 +44,17 @@ class Report:
     """Results of the latest validation, set by set; the files are complete whenever they are there.
 
     Args:
-        folder: Where ``results.md``, ``results.csv``, ``comparison.png`` and ``comparison/<set>.png`` go.
+        folder: Where ``results.md``, ``.csv`` and ``.json``, ``comparison.png`` and ``comparison/<set>.png`` go.
         title: First line of the table.
         metrics: Each metric's name and options, to be stated below the table.
+        protocol: Name of the protocol of scoring, to be stated with the numbers.
     """
 
-    def __init__(self, folder: str, title: str, metrics: dict[str, dict]) -> None:
+    def __init__(self, folder: str | Path, title: str, metrics: dict[str, dict], protocol: str | None = None) -> None:
         self.folder = Path(folder)
         self.title = title
         self.metrics = metrics
+        self.protocol = protocol
         self.iteration: int | str | None = None
         self.sets: dict[str, SetResult] = {}
 
@@ -62,27 +70,38 @@ class Report:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_beside(self.folder / 'results.md', self.markdown().encode())
         write_beside(self.folder / 'results.csv', self.csv().encode())
+        write_beside(self.folder / 'results.json', self.json().encode())
         if result.picture is not None:
             write_picture(self.folder / 'comparison' / f'{name}.png', result.picture)
             write_picture(self.folder / 'comparison.png', stack([result.picture for result in self.sets.values()]))
 
     def markdown(self) -> str:
-        """The table: a row a set, a mean a benchmark."""
+        """The table: a row a set, a mean a group and a benchmark."""
         columns = list(dict.fromkeys(column for result in self.sets.values() for column in result.means()))
-        lines = [f'# {self.title}, iteration {self.iteration}', '']
-        lines.append('| set | images | ' + ' | '.join(column.replace('_', ' ') for column in columns) + ' |')
+        protocol = f' ({self.protocol})' if self.protocol else ''
+        lines = [f'# {self.title}, iteration {self.iteration}' if self.iteration is not None else f'# {self.title}', '']
+        lines.append('| set | images | ' + ' | '.join(f'{c.replace("_", " ")}{protocol}' for c in columns) + ' |')
         lines.append('|---|---:|' + '---:|' * len(columns))
-        for name, result in self.sets.items():
-            lines.append(_row(name, len(result.rows), result.means(), columns))
-        for benchmark in dict.fromkeys(result.benchmark for result in self.sets.values()):
-            members = [result for result in self.sets.values() if result.benchmark == benchmark]
-            means = [result.means() for result in members]
-            mean = {c: float(np.mean([m[c] for m in means])) for c in columns if all(c in m for m in means)}
-            lines.append(_row(f'**mean of {benchmark}**', sum(len(r.rows) for r in members), mean, columns))
+        lines += [_row(name, [result], columns) for name, result in self.sets.items()]
+        for attribute in ('group', 'benchmark'):
+            for title in dict.fromkeys(getattr(result, attribute) for result in self.sets.values()):
+                members = [result for result in self.sets.values() if getattr(result, attribute) == title]
+                lines += [_row(f'**mean of {title}**', members, columns)] if title else []
         lines += ['', '`input`: the degraded image scored in the same way. Means of sets, not of images.', '']
+        if self.protocol:
+            lines.append(f'Protocol {self.protocol}: {PROTOCOLS[self.protocol].text}.\n')
         for name, options in self.metrics.items():
             lines.append(f'- {name}: ' + ', '.join(f'{key} {value}' for key, value in options.items()))
         return '\n'.join(lines) + '\n'
+
+    def json(self) -> str:
+        """Everything in one object; ``cea report`` reads it."""
+        sets = {}
+        for name, result in self.sets.items():
+            content = asdict(replace(result, picture=None))
+            sets[name] = {key: value for key, value in content.items() if key != 'picture'} | {'means': result.means()}
+        head = {'name': self.title, 'iteration': self.iteration, 'protocol': self.protocol, 'metrics': self.metrics}
+        return json.dumps(head | {'sets': sets}, indent=1) + '\n'
 
     def csv(self) -> str:
         """One line an image: set, image, scores."""
@@ -94,13 +113,26 @@ class Report:
         return text.getvalue()
 
 
-def _row(name: str, count: int, values: dict[str, float], columns: list[str]) -> str:
-    cells = [_format(column, values[column]) if column in values else '' for column in columns]
-    return f'| {name} | {count} | ' + ' | '.join(cells) + ' |'
+def _row(name: str, members: list[SetResult], columns: list[str]) -> str:
+    """A row of the mean over sets, for the columns that all of them have."""
+    means = [result.means() for result in members]
+    cells = [_format(c, float(np.mean([m[c] for m in means]))) if all(c in m for m in means) else '' for c in columns]
+    return f'| {name} | {sum(len(result.rows) for result in members)} | ' + ' | '.join(cells) + ' |'
 
 
 def _format(column: str, value: float) -> str:
     return f'{value:.2f}' if 'psnr' in column else f'{value:.4f}'
+
+
+def compare(images: dict[str, np.ndarray], scores: dict[str, str | float]) -> np.ndarray:
+    """Panels degraded | restored | clean, from RGB images in [0, 1], with the scores of the first two; BGR uint8."""
+    captions = {name: [name] for name in images}
+    for column, value in scores.items():
+        panel = 'degraded' if column.endswith('_input') else 'restored'
+        if isinstance(value, float) and panel in captions:
+            captions[panel].append(f'{column.removesuffix("_input")} {value:.2f}')
+    shown = [name for name, img in images.items() if img.shape == images['restored'].shape]
+    return panels([uint8_bgr(images[name]) for name in shown], [', '.join(captions[name]) for name in shown])
 
 
 def panels(images: list[np.ndarray], captions: list[str]) -> np.ndarray:
