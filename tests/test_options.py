@@ -1,13 +1,17 @@
 """Option files: all of ours build, and mistakes in them get the sentence one would want."""
 
 import copy
+import math
 
 import pytest
+import torch
 import yaml
+from basicsr.models.lr_scheduler import CosineAnnealingRestartLR
 from conftest import ROOT
 
 from cea_arch.cli import main
 from cea_arch.data.lmdb_writer import write_lmdb
+from cea_arch.metrics.protocols import PROTOCOLS
 from cea_arch.options import check_options, read_options
 
 FILES = sorted((ROOT / 'options').rglob('*.yml'))
@@ -42,24 +46,76 @@ def test_every_option_file_builds(path, lmdb):
     assert f'-opt {path.relative_to(ROOT).as_posix()}' in path.read_text().partition('general settings')[0]
 
 
-def test_the_benchmarks_keep_their_protocols():
-    """Samples an epoch, batch and iterations, as the literature has them."""
-    images = {'bsd400_wed': 5144, 'raintrainl': 200, 'ots': 72135, 'gopro': 2103, 'lol': 485}
-    for name, samples, epochs, horizon in (('cea_aio3', 142431, 120, 150), ('cea_aio5', 162646, 150, 180)):
-        opt = read_options(str(ROOT / 'options' / f'{name}.yml'))
-        total = 0
-        for source in opt['datasets']['train']['sources'].values():
-            stem = source['dataroot_gt'].rpartition('/')[2].removesuffix('.lmdb').removesuffix('_gt')
-            total += images[stem] * source['repeat']
-        assert total == samples
-        per_epoch = samples // (4 * opt['datasets']['train']['batch_size_per_gpu'])
-        assert opt['train']['total_iter'] == pytest.approx(epochs * per_epoch, rel=1e-3)
-        assert opt['train']['scheduler']['periods'] == [pytest.approx(horizon * per_epoch, rel=1e-3)]
-        assert opt['train']['warmup_iter'] == pytest.approx(15 * per_epoch, rel=1e-3)
-        val = [set_['crop_base'] for phase, set_ in opt['datasets'].items() if phase != 'train']
-        assert val == [16] * 5
-    classes = read_options(str(ROOT / 'options/cea_cdd11.yml'))['datasets']['train']['sources']
-    assert len(classes) == 11
+IMAGES = {'bsd400_wed': 5144, 'raintrainl': 200, 'ots': 72135, 'gopro': 2103, 'gopro_crops': 16824, 'lol': 485}
+SCHEDULES = {  # samples of an epoch, epochs, horizon of the cosine in epochs
+    'cea_aio3': (142431, 120, 150),
+    'cea_aio5': (162646, 150, 180),
+    'cea_aio5_moce_ir': (236251, 120, 150),
+    'cea_aio5_dfpir': (226621, 120, 150),
+    'cea_cdd11': (26026, 120, 150),
+}
+
+
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_the_benchmarks_keep_their_schedules(name):
+    """Samples an epoch, batch, and the learning rate of every phase, as the literature has them."""
+    samples, epochs, horizon = SCHEDULES[name]
+    opt = read_options(str(ROOT / 'options' / f'{name}.yml'))
+    sources = opt['datasets']['train']['sources'].values()
+    if name == 'cea_cdd11':
+        assert len(sources) == 11
+    else:
+        stems = [source['dataroot_gt'].rpartition('/')[2].partition('.')[0].removesuffix('_gt') for source in sources]
+        assert sum(IMAGES[stem] * source['repeat'] for stem, source in zip(stems, sources)) == samples
+    assert 4 * opt['datasets']['train']['batch_size_per_gpu'] == 32
+    per_epoch = samples / 32
+    train = opt['train']
+    assert train['total_iter'] == pytest.approx(epochs * per_epoch, rel=1e-3)
+    rates = [learning_rate(train, round(epoch * per_epoch)) for epoch in range(1, epochs)]
+    cosine = [1e-4 * (1 + math.cos(math.pi * (epoch - 15) / (horizon - 15))) for epoch in range(16, epochs)]
+    assert rates == pytest.approx([2e-4 * epoch / 15 for epoch in range(1, 16)] + cosine, abs=4e-7)
+    turn = train['warmup_iter']
+    assert min(learning_rate(train, i) for i in range(turn - 5, turn + 5)) > 1.999e-4  # no step at a rate of zero
+
+
+def learning_rate(train, iteration):
+    """What BasicSR's warm-up and scheduler set at an iteration."""
+    if iteration < train['warmup_iter']:
+        return train['optim_g']['lr'] / train['warmup_iter'] * iteration
+    options = {key: value for key, value in train['scheduler'].items() if key != 'type'}
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], train['optim_g']['lr'])
+    scheduler = CosineAnnealingRestartLR(optimizer, **options)
+    scheduler.last_epoch = iteration - 1
+    return scheduler.get_lr()[0]
+
+
+@pytest.mark.parametrize('name', ['cea_aio3', 'cea_aio5', 'cea_cdd11'])
+def test_variants_differ_in_nothing_else(name):
+    main_opt, single, test = (
+        read_options(str(ROOT / 'options' / f)) for f in (f'{name}.yml', f'{name}_1gpu.yml', f'test/{name}.yml')
+    )
+    assert single['datasets']['train']['batch_size_per_gpu'] == 4 * main_opt['datasets']['train']['batch_size_per_gpu']
+    assert single['train'].pop('accumulate') == 4
+    assert test['network_g'] == main_opt['network_g']
+    assert [d for p, d in main_opt['datasets'].items() if p != 'train'] == list(test['datasets'].values())
+    assert test['val']['protocol'] == main_opt['val']['protocol']
+    for opt in (main_opt, single):
+        del opt['name'], opt['num_gpu']
+        for key in ('batch_size_per_gpu', 'num_worker_per_gpu'):
+            del opt['datasets']['train'][key]
+    assert single == main_opt
+
+
+@pytest.mark.parametrize('protocol', PROTOCOLS)
+def test_a_protocol_sets_metrics_and_crop(lmdb, protocol):
+    opt = prepared(ROOT / 'options/cea_aio3.yml', lmdb, is_train=True)
+    opt['val'] |= {'protocol': protocol, 'metrics': {'gauss': {'type': 'calculate_ssim_gaussian'}}}
+    opt['datasets']['val_2']['crop_base'] = 8
+    check_options(opt)
+    assert list(opt['val']['metrics']) == ['psnr', 'ssim', 'gauss']
+    crop = PROTOCOLS[protocol].crop_base
+    assert [d['crop_base'] for p, d in opt['datasets'].items() if p != 'train'] == [crop, 8, crop, crop, crop]
+    assert 'crop_base' not in opt['datasets']['train']
 
 
 @pytest.fixture
@@ -109,6 +165,14 @@ MISTAKES = [
     ('train.scheduler.type', 'Cosine', "train.scheduler.type 'Cosine' is not known."),
     ('train.scheduler.periods', [5], 'train.scheduler.periods [5] end before total_iter'),
     ('train.total_iter', None, 'train.total_iter is missing'),
+    ('train.accumulate', 9, 'train.accumulate: a batch of 4 on each device cannot be computed in 9 parts'),
+    ('train.accumulate', 0, 'train.accumulate must be a whole number of at least 1, got 0'),
+    (
+        'val.protocol',
+        'aoi',
+        "val.protocol must be one of aio, moce-ir, onerestore, basicsr, got 'aoi'. Did you mean 'aio'?",
+    ),
+    ('val.protocol', 'aio', 'val.metrics.psnr: protocol aio defines this metric; give yours another name'),
     ('val.metrics.psnr.type', 'psnr', "val.metrics.psnr.type: 'psnr' is not registered."),
     ('logger.print_frequency', 1, "logger: unknown key 'print_frequency'. Did you mean 'print_freq'?"),
     ('path.pretrain_network_g', 'x.pth', "path.pretrain_network_g: file 'x.pth' does not exist"),
