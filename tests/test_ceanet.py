@@ -1,6 +1,5 @@
 import pytest
 import torch
-from basicsr.archs import build_network
 from torch.utils.flop_counter import FlopCounterMode
 
 from cea_arch.archs.ceanet_arch import CEANet, Downsample
@@ -26,6 +25,7 @@ def lively(net):
 
 @pytest.mark.parametrize('name', ['CEANet', 'CEABlock', 'CEALayer'])
 def test_registered(name):
+    build_network = pytest.importorskip('basicsr.archs').build_network
     options = {'type': name} if name == 'CEANet' else {'type': name, 'dim': 8}
     assert type(build_network(options)).__name__ == name
 

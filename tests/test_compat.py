@@ -6,6 +6,10 @@ import sys
 import pytest
 from conftest import ROOT
 
+from cea_arch.compat import HAS_BASICSR
+
+needs_basicsr = pytest.mark.skipif(not HAS_BASICSR, reason='basicsr does not build on this Python')
+
 BLOCK = """
 import sys
 class Block:
@@ -23,6 +27,7 @@ def run(code, *flags):
     )
 
 
+@needs_basicsr
 def test_import_registers_everything_quietly_after_a_failed_import_of_basicsr():
     result = run(
         """
@@ -46,6 +51,7 @@ assert basicsr.utils is not None
     assert 'basicsr' not in result.stderr
 
 
+@needs_basicsr
 def test_nothing_is_replaced_that_exists():
     result = run("""
 import sys, types
@@ -62,6 +68,7 @@ assert _ReplacementFinder.find_spec('torchvision.transforms.other') is None
     assert result.returncode == 0, result.stderr
 
 
+@needs_basicsr
 @pytest.mark.parametrize(
     ('name', 'check'),
     [

@@ -289,3 +289,11 @@ def test_lmdb_writer_refuses(image_folder, tmp_path):
     with pytest.raises(UserError, match='exists'):
         write_lmdb([('a', data)], tmp_path / 'x.lmdb')
     assert write_lmdb([('b', data)], tmp_path / 'x.lmdb', overwrite=True) == 1
+
+
+@pytest.mark.parametrize(('sigma', 'psnr'), [(15, 24.833), (25, 20.536), (50, 15.003)])
+def test_noise_has_the_literatures_strength(shared_data, sigma, psnr):
+    """Input PSNR of CBSD68 as published code sees it: clipped, truncated, cropped to multiples of 16."""
+    dataset = AllInOneDataset(options('val', all=noise(shared_data / 'cbsd68', sigmas=sigma)) | {'crop_base': 16})
+    errors = [(s['lq'] - s['gt']).double().square().mean().item() for s in (dataset[i] for i in range(68))]
+    assert np.mean([-10 * np.log10(error) for error in errors]) == pytest.approx(psnr, abs=0.01)
