@@ -131,16 +131,16 @@ class CEAModel(SRModel):
         return losses
 
     def validation(
-        self, dataloader: DataLoader, current_iter: int | str, tb_logger: SummaryWriter | None, save_img: bool = False
+        self, dataloader: DataLoader, current_iter: int | None, tb_logger: SummaryWriter | None, save_img: bool = False
     ) -> None:
         """Validate one set, unless this iteration's results are there: BasicSR's loop validates the last one twice."""
-        if self.is_train:
-            current_iter = min(current_iter, int(self.opt['train']['total_iter']))
+        # in a test BasicSR gives the run's name instead of a number
+        current_iter = min(current_iter, int(self.opt['train']['total_iter'])) if self.is_train else None
         if not self.report.has(dataloader.dataset.opt['name'], current_iter):
             super().validation(dataloader, current_iter, tb_logger, save_img)
 
     def nondist_validation(
-        self, dataloader: DataLoader, current_iter: int | str, tb_logger: SummaryWriter | None, save_img: bool
+        self, dataloader: DataLoader, current_iter: int | None, tb_logger: SummaryWriter | None, save_img: bool
     ) -> None:
         """Validate one set on this process."""
         options = dataloader.dataset.opt
@@ -174,7 +174,7 @@ class CEAModel(SRModel):
             if t is not None
         }
 
-    def save_image(self, img: np.ndarray, set_name: str, image_name: str, current_iter: int | str) -> None:
+    def save_image(self, img: np.ndarray, set_name: str, image_name: str, current_iter: int | None) -> None:
         """Write one restored image; each set has its own folder, so that equal names do not overwrite each other."""
         suffix = current_iter if self.is_train else self.opt['val'].get('suffix') or self.opt['name']
         folder = self.report.folder / 'visualization' / set_name
@@ -210,7 +210,7 @@ class CEAModel(SRModel):
         os.replace(aside, path)
 
     def _log_means(
-        self, name: str, means: dict[str, float], current_iter: int | str, tb_logger: SummaryWriter | None
+        self, name: str, means: dict[str, float], current_iter: int | None, tb_logger: SummaryWriter | None
     ) -> None:
         name = f'{name} ({self.protocol})' if self.protocol else name
         self._initialize_best_metric_results(name)

@@ -55,14 +55,14 @@ class Report:
         self.title = title
         self.metrics = metrics
         self.protocol = protocol
-        self.iteration: int | str | None = None
+        self.iteration: int | None = None
         self.sets: dict[str, SetResult] = {}
 
-    def has(self, name: str, iteration: int | str) -> bool:
+    def has(self, name: str, iteration: int | None) -> bool:
         """Whether the set's results of this iteration are there."""
         return iteration == self.iteration and name in self.sets
 
-    def add(self, name: str, iteration: int | str, result: SetResult) -> None:
+    def add(self, name: str, iteration: int | None, result: SetResult) -> None:
         """Take in one set's results, dropping those of other iterations, and write the files anew."""
         if iteration != self.iteration:
             self.iteration, self.sets = iteration, {}
