@@ -85,6 +85,11 @@ def image_size(file: Path | bytes, where: str) -> tuple[int, int]:
     return (width, height) if transposed else (height, width)
 
 
+def is_image_name(name: str) -> bool:
+    """Whether a file's name says that it is an image; hidden files are none."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith('.')
+
+
 def _is_whole(data: bytes) -> bool:
     """Whether a JPEG or PNG has its end: some versions of OpenCV paint the missing rest grey and say nothing."""
     for start, end in _END_MARKS.items():
@@ -168,7 +173,7 @@ class ImageStore:
         for folder, subfolders, names in os.walk(self.root):
             subfolders.sort()
             for path in (Path(folder, name) for name in sorted(names)):
-                if path.suffix.lower() not in SUFFIXES or path.name.startswith('.'):
+                if not is_image_name(path.name):
                     continue
                 relative = path.relative_to(self.root)
                 key = relative.with_suffix('').as_posix()
