@@ -185,7 +185,9 @@ OTS = ImageSet(
     layouts=(
         Layout('MoCE-IR', 'reside/clear/*', 'reside/part[1-4]/*'),
         Layout('PromptIR, AdaIR, DFPIR', 'dehaze/original/*', 'dehaze/synthetic/**/*'),
-        Layout('raw', '{ots,ots_beta}/{clear,gt}/**/*', '{ots,ots_beta}/**/{part[1-4],hazy,haze}/**/*_*_*'),
+        Layout(
+            'raw', '{ots,ots_beta}/{clear,gt}/**/*', '{ots,ots_beta}/**/{part1,part2,part3,part4,hazy,haze}/**/*_*_*'
+        ),
     ),
 )
 SOTS = ImageSet(
@@ -272,4 +274,4 @@ BENCHMARKS: dict[str, Iterable[ImageSet]] = {
     'AIO-5': (*_AIO3[:4], GOPRO_TRAIN, LOL_TRAIN, *_AIO3[4:7], GOPRO_TEST, LOL_TEST, *_AIO3[7:]),
     'CDD-11': (_cdd11('train', 1183), _cdd11('test', 200)),
 }
-LEAKS_BY_ID = (OTS, SOTS)  # known in the literature, which keeps both sets as they are
+LEAKS_BY_ID = (OTS.name, SOTS.name)  # known in the literature, which keeps both sets as they are

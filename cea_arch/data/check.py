@@ -181,7 +181,7 @@ def _find_duplicates(checked: list[Checked], contents: dict[Path, Contents | Non
         same = [
             (p, *tests[contents[p].digest]) for p in _paths(one.found) if contents[p] and contents[p].digest in tests
         ]
-        known = [one.found.image_set in LEAKS_BY_ID and test.found.image_set in LEAKS_BY_ID for _, test, _ in same]
+        known = [{one.found.image_set.name, test.found.image_set.name} == set(LEAKS_BY_ID) for _, test, _ in same]
         if any(known):
             one.notes.append(
                 f'{sum(known):,} images have the pixels of a SOTS-outdoor image; the literature keeps them.'
@@ -201,14 +201,14 @@ def _drop_files(checked: Checked, bad: set[Path]) -> None:
 def _note_shared_ids(checked: list[Checked]) -> None:
     """OTS and SOTS share scenes: count the ids that occur in both."""
     ids = {
-        one.found.image_set: {gt.lstrip('0') for pairs in one.pairs.values() for _, gt in pairs}
+        one.found.image_set.name: {gt.lstrip('0') for pairs in one.pairs.values() for _, gt in pairs}
         for one in checked
-        if one.found.image_set in LEAKS_BY_ID
+        if one.found.image_set.name in LEAKS_BY_ID
     }
     shared = set.intersection(*ids.values()) if len(ids) > 1 else set()
     if shared:
         note = f'{len(shared):,} scene ids occur in RESIDE-beta OTS too, which is known; the literature keeps both.'
-        next(one for one in checked if one.found.image_set is LEAKS_BY_ID[1]).notes.append(note)
+        next(one for one in checked if one.found.image_set.name == LEAKS_BY_ID[1]).notes.append(note)
 
 
 def _blame(checked: Checked, fault: str, count: int, sentence: str) -> None:

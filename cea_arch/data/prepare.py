@@ -106,7 +106,7 @@ def plan(checked: list[Checked], gopro_crops: bool = False) -> dict[str, list[tu
     """What goes into which LMDB: ``(key, file, whether to cut it into crops)`` by store, in order of key."""
     jobs: dict[str, dict[str, tuple[str, Path, bool]]] = {}
     for one in checked:
-        crops = gopro_crops and one.found.image_set is GOPRO_TRAIN and one.found.store == GOPRO_TRAIN.store
+        crops = gopro_crops and one.found.store == GOPRO_TRAIN.store
         store = one.found.store.replace('gopro', 'gopro_crops') if crops else one.found.store
         gt_role = one.found.image_set.roles[0]
         for role, pairs in one.pairs.items():
