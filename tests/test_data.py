@@ -356,9 +356,6 @@ def test_an_interrupted_lmdb_goes_on(image_folder, tmp_path, monkeypatch):
 
 def test_lmdb_verification_finds_what_reads_back_wrong(image_folder, tmp_path, monkeypatch):
     data = (image_folder('gt', ['a']) / 'a.png').read_bytes()
-    monkeypatch.setattr('cea_arch.data.lmdb_writer._put', lambda environment, batch: None)
-    with pytest.raises(UserError, match='0 of 1 images are there'):
-        write_lmdb([('a', data)], tmp_path / 'x.lmdb')
 
     def put_wrong(environment, batch):
         with environment.begin(write=True) as transaction:
@@ -368,3 +365,7 @@ def test_lmdb_verification_finds_what_reads_back_wrong(image_folder, tmp_path, m
     with pytest.raises(UserError, match="'a' reads back other than it was written"):
         write_lmdb([('a', data)], tmp_path / 'x.lmdb')
     assert not (tmp_path / 'x.lmdb').exists()
+    monkeypatch.setattr('cea_arch.data.lmdb_writer._put', lambda environment, batch: None)
+    monkeypatch.setattr('cea_arch.data.lmdb_writer._read_back', lambda environment, batch, destination: None)
+    with pytest.raises(UserError, match='0 of 1 images are there'):
+        write_lmdb([('b', data)], tmp_path / 'x.lmdb')

@@ -1,6 +1,5 @@
 """Write LMDBs that BasicSR reads: encoded bytes as they are, written aside, verified, and renamed when complete."""
 
-import hashlib
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,8 +31,8 @@ def write_lmdb(images: Iterable[tuple[str, bytes]], destination: str | Path, ove
     """Store encoded images under their keys (UTF-8), with ``meta_info.txt`` in BasicSR's format.
 
     Images go to ``<destination>.tmp``, a transaction for every 32 MB, so that a run that was killed loses no more: the
-    next one keeps what is there byte for byte and goes on. Before the folder gets its name, every stored image is read
-    back and compared by hash with what was given. A destination that holds exactly these images is left alone.
+    next one keeps what is there byte for byte and goes on. Every stored image is read back and compared with what was
+    given, byte for byte, before the folder gets its name. A destination that holds exactly these images is left alone.
 
     Args:
         images: ``(key, bytes of an image file)``; keys are unique, on one line, at most 511 bytes. Taken one by one.
@@ -51,8 +50,8 @@ def write_lmdb(images: Iterable[tuple[str, bytes]], destination: str | Path, ove
     aside = destination.with_name(destination.name + '.tmp')
     aside.mkdir(parents=True, exist_ok=True)
     with lmdb.open(str(aside), map_size=_FIRST_MAP_SIZE) as environment:
-        lines, hashes, kept = _store(images, environment, destination)
-        _verify(environment, hashes, destination)
+        lines, kept = _store(images, environment, destination)
+        _drop_others(environment, set(lines), destination)
     if not lines:
         shutil.rmtree(aside)
         raise UserError(f'no images to write to {destination}.')
@@ -66,20 +65,15 @@ def write_lmdb(images: Iterable[tuple[str, bytes]], destination: str | Path, ove
 
 def _store(
     images: Iterable[tuple[str, bytes]], environment: lmdb.Environment, destination: Path
-) -> tuple[dict[str, str], dict[bytes, bytes], int]:
-    """Put the images that are not there yet.
-
-    Returns:
-        Lines of the meta info by key, hashes by stored key, and how many images were there.
-    """
-    lines, hashes, batch, size, kept = {}, {}, [], 0, 0
+) -> tuple[dict[str, str], int]:
+    """Put the images that are not there yet; returns lines of the meta info by key, and how many images were there."""
+    lines, batch, size, kept = {}, [], 0, 0
     for key, data in images:
         stored_key = _encode(key, environment, destination)
         if key in lines:
             raise UserError(f'{destination}: key {key!r} is there twice.')
         height, width = image_size(data, f'image {key!r}')
         lines[key] = f'{key}.png ({height},{width},3) 1\n'
-        hashes[stored_key] = _hash(data)
         with environment.begin(buffers=True) as transaction:
             if transaction.get(stored_key) == data:
                 kept += 1
@@ -88,9 +82,11 @@ def _store(
         size += len(data)
         if size >= _BATCH_SIZE:
             _put(environment, batch)
+            _read_back(environment, batch, destination)
             batch, size = [], 0
     _put(environment, batch)
-    return lines, hashes, kept
+    _read_back(environment, batch, destination)
+    return lines, kept
 
 
 def _encode(key: str, environment: lmdb.Environment, destination: Path) -> bytes:
@@ -114,17 +110,21 @@ def _put(environment: lmdb.Environment, batch: list[tuple[bytes, bytes]]) -> Non
             environment.set_mapsize(2 * environment.info()['map_size'])
 
 
-def _verify(environment: lmdb.Environment, hashes: dict[bytes, bytes], destination: Path) -> None:
-    """Read every image back; drop what an earlier run left and this one does not hold."""
-    with environment.begin(write=True, buffers=True) as transaction:
-        left = [bytes(key) for key in transaction.cursor().iternext(values=False) if bytes(key) not in hashes]
+def _read_back(environment: lmdb.Environment, batch: list[tuple[bytes, bytes]], destination: Path) -> None:
+    with environment.begin(buffers=True) as transaction:
+        for key, data in batch:
+            if transaction.get(key) != data:
+                raise UserError(f'{destination}: {key.decode()!r} reads back other than it was written.')
+
+
+def _drop_others(environment: lmdb.Environment, keys: set[str], destination: Path) -> None:
+    """Delete what an earlier run left and this one does not hold."""
+    with environment.begin(write=True) as transaction:
+        left = [key for key in transaction.cursor().iternext(values=False) if key.decode() not in keys]
         for key in left:
             transaction.delete(key)
-        for key, value in transaction.cursor():
-            if _hash(value) != hashes[bytes(key)]:
-                raise UserError(f'{destination}: {bytes(key).decode()!r} reads back other than it was written.')
-        if transaction.stat()['entries'] != len(hashes):
-            raise UserError(f'{destination}: {transaction.stat()["entries"]} of {len(hashes)} images are there.')
+        if transaction.stat()['entries'] != len(keys):
+            raise UserError(f'{destination}: {transaction.stat()["entries"]} of {len(keys)} images are there.')
 
 
 def _compare(images: Iterable[tuple[str, bytes]], destination: Path) -> Written:
@@ -144,7 +144,3 @@ def _compare(images: Iterable[tuple[str, bytes]], destination: Path) -> Written:
             )
     close_lmdb(destination)
     return Written(count, count)
-
-
-def _hash(data: bytes | memoryview) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
