@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         for split, names in SPLITS.items():
             images = ((name.partition('.')[0], (photographs / name).read_bytes()) for name in names)
             destination = args.output / f'{split}.lmdb'
-            count = write_lmdb(images, destination, overwrite=True)
+            count = write_lmdb(images, destination, overwrite=True).images
             print(f'{destination}: {count} photographs ({", ".join(names)})')
     except (UserError, OSError) as error:
         print(f'prepare_demo: {error}', file=sys.stderr)

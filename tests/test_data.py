@@ -12,8 +12,8 @@ from basicsr.data.data_sampler import EnlargedSampler
 from cea_arch.data import image_store
 from cea_arch.data.all_in_one_dataset import AllInOneDataset, centre_crop
 from cea_arch.data.image_store import ImageStore
-from cea_arch.data.lmdb_writer import write_lmdb
-from cea_arch.data.pairing import pair_keys
+from cea_arch.data.lmdb_writer import Written, write_lmdb
+from cea_arch.data.pairing import match_keys, pair_keys
 from cea_arch.errors import UserError
 
 
@@ -133,6 +133,38 @@ def test_pairing_by_name_id_and_norain():
     pairs = pair_keys(['p1/0025_0.8_0.04', 'p1/0025_0.9_0.2', 'p1/0026_1_0.1'], ['p1/0025', 'p1/0026'], 'set')
     assert [gt for _, gt in pairs] == ['p1/0025', 'p1/0025', 'p1/0026']
     assert pair_keys(['a_1', 'a_2'], ['a_1', 'a_2'], 'set') == [('a_1', 'a_1'), ('a_2', 'a_2')]
+
+
+@pytest.mark.parametrize(
+    ('lq', 'gt', 'expected'),
+    [
+        (['rain-001', 'rain-010'], ['norain-1', 'norain-10'], ['norain-1', 'norain-10']),
+        (['norain-1x2', 'norain-2x2'], ['norain-1', 'norain-2'], ['norain-1', 'norain-2']),
+        (['low_00002', 'low_haze_00002'], ['2'], ['2', '2']),
+        (['0001_hazy'], ['0001_GT'], ['0001_GT']),
+        (['p1/0025_0.8_0.04', 'p2/0026_1_0.1'], ['0025', '0026'], ['0025', '0026']),
+        (['seq1/0001', 'seq2/0001'], ['seq1/1', 'seq2/1'], ['seq1/1', 'seq2/1']),
+        (['Ü_0.8'], ['Ü'], ['Ü']),
+    ],
+)
+def test_pairing_on_id_tokens(lq, gt, expected):
+    assert pair_keys(lq, gt, 'set') == list(zip(lq, expected))
+
+
+@pytest.mark.parametrize(
+    ('lq', 'gt', 'lonely', 'unused'),
+    [
+        (['0025_0.8_0.04', '0026_1_0.1'], ['0025', '0004'], ['0026_1_0.1'], ['0004']),
+        (['cat1', 'dog1'], ['cat1'], ['dog1'], []),  # another cat's number
+        (['rain-1', 'rain-2'], ['norain-1', 'norain-01', 'norain-2'], ['rain-1'], ['norain-01', 'norain-1']),
+        (['seq1/1', 'seq2/1'], ['seq1/1'], ['seq2/1'], []),
+        (['rain-1', 'rain-2', 'rain-3'], ['norain-1', 'norain-3'], ['rain-2'], []),
+        (['a', 'b'], [], ['a', 'b'], []),
+    ],
+)
+def test_pairing_leaves_alone_what_has_no_partner(lq, gt, lonely, unused):
+    found = match_keys(lq, gt)
+    assert (found.lonely, found.unused) == (lonely, unused)
 
 
 def test_real_pairs_are_found(shared_data):
@@ -255,7 +287,7 @@ def test_two_datasets_share_one_lmdb_and_survive_pickling_and_forking(image_fold
         loader = torch.utils.data.DataLoader(val, num_workers=1, multiprocessing_context=start)
         assert torch.equal(next(iter(loader))['lq'][0], val[0]['lq'])
     assert torch.equal(pickle.loads(pickle.dumps(val))[1]['lq'], val[1]['lq'])
-    assert str(root.resolve()) in image_store._clients
+    assert str(root.resolve()) in image_store._environments
 
 
 def test_lmdb_holds_the_files_bytes_and_basicsr_reads_it(image_folder, tmp_path, monkeypatch):
@@ -263,10 +295,8 @@ def test_lmdb_holds_the_files_bytes_and_basicsr_reads_it(image_folder, tmp_path,
     folders = image_folder('gt', ['a', 'b']), image_folder('lq', ['a', 'b'])
     roots = [lmdb_of(folder, tmp_path / f'{folder.name}.lmdb') for folder in folders]
     assert re.fullmatch(r'a\.png \(48,64,3\) 1\nb\.png \(48,64,3\) 1\n', (roots[0] / 'meta_info.txt').read_text())
-    client = ImageStore(roots[0])._client()
-    assert client.get('a') == (folders[0] / 'a.png').read_bytes()
-    client.client._client['default'].close()
-    image_store._clients.clear()
+    assert ImageStore(roots[0]).read_bytes('a') == (folders[0] / 'a.png').read_bytes()
+    image_store.close_lmdb(roots[0])
     paired = {'name': 's', 'type': 'PairedImageDataset', 'dataroot_gt': str(roots[0]), 'dataroot_lq': str(roots[1])}
     dataset = build_dataset(paired | {'phase': 'val', 'scale': 1, 'io_backend': {'type': 'lmdb'}})
     assert dataset[1]['gt'].shape == (3, 48, 64)
@@ -276,19 +306,69 @@ def test_lmdb_writer_refuses(image_folder, tmp_path):
     data = (image_folder('gt', ['a']) / 'a.png').read_bytes()
     with pytest.raises(UserError, match=r'must end in \.lmdb'):
         write_lmdb([('a', data)], tmp_path / 'x')
-    with pytest.raises(UserError, match="'é' is not ASCII"):
-        write_lmdb([('é', data)], tmp_path / 'x.lmdb')
     with pytest.raises(UserError, match="'a' is there twice"):
         write_lmdb([('a', data), ('a', data)], tmp_path / 'x.lmdb')
-    with pytest.raises(UserError, match="image 'a' cannot be decoded"):
-        write_lmdb([('a', data[:50])], tmp_path / 'x.lmdb')
+    with pytest.raises(UserError, match="image 'a' is not a readable image"):
+        write_lmdb([('a', data[:-50])], tmp_path / 'x.lmdb')
+    for key in ('', 'a\nb', 'é' * 256):
+        with pytest.raises(UserError, match='must be one line of 1 to 511 bytes'):
+            write_lmdb([(key, data)], tmp_path / 'x.lmdb')
     with pytest.raises(UserError, match='no images to write'):
         write_lmdb([], tmp_path / 'x.lmdb')
     assert not (tmp_path / 'x.lmdb').exists()
-    write_lmdb([('a', data)], tmp_path / 'x.lmdb')
-    with pytest.raises(UserError, match='exists'):
+
+
+def test_lmdb_writer_leaves_an_existing_lmdb_alone(image_folder, tmp_path):
+    a, b = ((image_folder('gt', ['a', 'b']) / f'{key}.png').read_bytes() for key in 'ab')
+    root = tmp_path / 'x.lmdb'
+    assert write_lmdb([('a', a)], root) == Written(images=1, kept=0)
+    before = (root / 'data.mdb').stat()
+    assert write_lmdb([('a', a)], root) == Written(images=1, kept=1)
+    assert (root / 'data.mdb').stat() == before
+    with pytest.raises(UserError, match=r"exists and holds another 'a'"):
+        write_lmdb([('a', b)], root)
+    with pytest.raises(UserError, match=r'exists and holds 1 images, not 0'):
+        write_lmdb([], root)
+    assert write_lmdb([('b', b)], root, overwrite=True) == Written(images=1, kept=0)
+    assert list(ImageStore(root).sizes) == ['b']
+
+
+def test_an_interrupted_lmdb_goes_on(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr('cea_arch.data.lmdb_writer._BATCH_SIZE', 1)
+    files = [(path.stem, path.read_bytes()) for path in sorted(image_folder('gt', ['a', 'b', 'ü', 'old']).iterdir())]
+    root = tmp_path / 'x.lmdb'
+
+    def interrupted():
+        yield from files[:3]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_lmdb(interrupted(), root)
+    assert not root.exists()
+    wanted = [file for file in files if file[0] != 'old']
+    assert write_lmdb(wanted, root) == Written(images=3, kept=2)
+    store = ImageStore(root)
+    assert list(store.sizes) == ['a', 'b', 'ü']
+    assert [(key, store.read_bytes(key)) for key in store.sizes] == wanted
+    with image_store.open_lmdb(root).begin() as transaction:
+        assert transaction.stat()['entries'] == 3
+
+
+def test_lmdb_verification_finds_what_reads_back_wrong(image_folder, tmp_path, monkeypatch):
+    data = (image_folder('gt', ['a']) / 'a.png').read_bytes()
+
+    def put_wrong(environment, batch):
+        with environment.begin(write=True) as transaction:
+            transaction.put(b'a', b'wrong')
+
+    monkeypatch.setattr('cea_arch.data.lmdb_writer._put', put_wrong)
+    with pytest.raises(UserError, match="'a' reads back other than it was written"):
         write_lmdb([('a', data)], tmp_path / 'x.lmdb')
-    assert write_lmdb([('b', data)], tmp_path / 'x.lmdb', overwrite=True) == 1
+    assert not (tmp_path / 'x.lmdb').exists()
+    monkeypatch.setattr('cea_arch.data.lmdb_writer._put', lambda environment, batch: None)
+    monkeypatch.setattr('cea_arch.data.lmdb_writer._read_back', lambda environment, batch, destination: None)
+    with pytest.raises(UserError, match='0 of 1 images are there'):
+        write_lmdb([('b', data)], tmp_path / 'x.lmdb')
 
 
 @pytest.mark.parametrize(('sigma', 'psnr'), [(15, 24.833), (25, 20.536), (50, 15.003)])

@@ -122,7 +122,7 @@ def test_the_table_says_what_the_images_say(workplace):
 def _stored(folder, key):
     from cea_arch.data.image_store import ImageStore
 
-    return bytes(ImageStore(folder / 'x.lmdb')._client().get(key))
+    return ImageStore(folder / 'x.lmdb').read_bytes(key)
 
 
 def test_ema_weights_are_saved_and_tested(workplace):

@@ -1,12 +1,13 @@
-"""Folders and LMDBs of images behind one interface, read through BasicSR's FileClient."""
+"""Folders and LMDBs of images behind one interface."""
 
+import io
 import os
 import re
 from pathlib import Path
 
 import cv2
+import lmdb
 import numpy as np
-from basicsr.utils import FileClient
 from PIL import Image, UnidentifiedImageError
 
 from cea_arch.errors import UserError
@@ -14,18 +15,44 @@ from cea_arch.errors import UserError
 SUFFIXES = {'.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp'}
 _META_LINE = re.compile(r'(?P<name>.+) \((?P<height>\d+),(?P<width>\d+),(?P<channels>\d+)\) \d+')
 _EXIF_ORIENTATION, _EXIF_TRANSPOSED = 274, (5, 6, 7, 8)
-_clients: dict[str, FileClient] = {}  # one a process and LMDB: lmdb refuses to open an environment twice
+_END_MARKS = {b'\xff\xd8': b'\xff\xd9', b'\x89PNG': b'IEND\xaeB`\x82'}  # of JPEG and PNG, by how they begin
+_environments: dict[str, lmdb.Environment] = {}  # one a process and LMDB: lmdb refuses to open one twice
 
 
-def _forget_clients() -> None:
+def _forget_environments() -> None:
     """An environment opened before a fork must not be used after it."""
-    for client in _clients.values():
-        client.client._client['default'].close()
-    _clients.clear()
+    for environment in _environments.values():
+        environment.close()
+    _environments.clear()
 
 
 if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(after_in_child=_forget_clients)
+    os.register_at_fork(after_in_child=_forget_environments)
+
+
+def open_lmdb(root: Path) -> lmdb.Environment:
+    """The LMDB for reading, one environment a process. BasicSR's own client would refuse keys that are not ASCII.
+
+    Raises:
+        UserError: Its data file is cut short; reading it would kill the process.
+    """
+    name = str(root.resolve())
+    if name not in _environments:
+        environment = lmdb.open(name, readonly=True, lock=False, readahead=False)
+        needed = (environment.info()['last_pgno'] + 1) * environment.stat()['psize']
+        found = (root / 'data.mdb').stat().st_size
+        if found < needed:
+            environment.close()
+            raise UserError(f'{root / "data.mdb"} is cut short: {found} of {needed} bytes.')
+        _environments[name] = environment
+    return _environments[name]
+
+
+def close_lmdb(root: Path) -> None:
+    """Let go of an LMDB that is about to be replaced."""
+    environment = _environments.pop(str(root.resolve()), None)
+    if environment is not None:
+        environment.close()
 
 
 def decode(data: bytes, where: str) -> np.ndarray:
@@ -35,9 +62,44 @@ def decode(data: bytes, where: str) -> np.ndarray:
         UserError: The bytes are not an image, or a truncated one; names ``where`` they came from.
     """
     img = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH) if data else None
-    if img is None:
+    if img is None or not _is_whole(data):
         raise UserError(f'{where} cannot be decoded: it is not an image or is damaged ({len(data)} bytes).')
     return cv2.cvtColor(img, cv2.COLOR_BGR2RGB)
+
+
+def image_size(file: Path | bytes, where: str) -> tuple[int, int]:
+    """Height and width from the header of an image file, as :func:`decode` will return them.
+
+    Raises:
+        UserError: It is not an image, or bytes without the end of one; names ``where`` it came from.
+    """
+    try:
+        if isinstance(file, bytes) and not _is_whole(file):
+            raise OSError('its end is missing')
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as img:
+            width, height = img.size
+            # Pillow would decode a whole PNG to find its EXIF data
+            transposed = img.format != 'PNG' and img.getexif().get(_EXIF_ORIENTATION) in _EXIF_TRANSPOSED
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f'{where} is not a readable image: {error}.') from error
+    return (width, height) if transposed else (height, width)
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file's name says that it is an image; hidden files are none."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith('.')
+
+
+def _is_whole(data: bytes) -> bool:
+    """Whether a JPEG or PNG has its end: some versions of OpenCV paint the missing rest grey and say nothing."""
+    for start, end in _END_MARKS.items():
+        if data.startswith(start) and not data.rstrip(b'\0').endswith(end):
+            try:
+                with Image.open(io.BytesIO(data)) as img:
+                    img.load()
+            except (OSError, SyntaxError):  # Pillow raises the latter for a broken PNG
+                return False
+    return True
 
 
 class ImageStore:
@@ -75,10 +137,17 @@ class ImageStore:
 
     def read(self, key: str) -> np.ndarray:
         """Decode one image, see :func:`decode`."""
-        data = self._client().get(key if self.backend == 'lmdb' else self.root / self._files[key])
+        return decode(self.read_bytes(key), f'{self.label}: {self.path(key)}')
+
+    def read_bytes(self, key: str) -> bytes:
+        """The image's file as it is stored."""
+        if self.backend == 'disk':
+            return Path(self.root, self._files[key]).read_bytes()
+        with open_lmdb(self.root).begin() as transaction:
+            data = transaction.get(key.encode())
         if data is None:
             raise UserError(f'{self.label}: {key!r} is listed in meta_info.txt but absent from {self.root}.')
-        return decode(data, f'{self.label}: {self.path(key)}')
+        return data
 
     def path(self, key: str) -> str:
         """Where the image of ``key`` lies, for messages and results."""
@@ -104,38 +173,11 @@ class ImageStore:
         for folder, subfolders, names in os.walk(self.root):
             subfolders.sort()
             for path in (Path(folder, name) for name in sorted(names)):
-                if path.suffix.lower() not in SUFFIXES or path.name.startswith('.'):
+                if not is_image_name(path.name):
                     continue
                 relative = path.relative_to(self.root)
                 key = relative.with_suffix('').as_posix()
                 if key in self._files:
                     raise UserError(f'{self.label}: {self._files[key]!r} and {str(relative)!r} share one name.')
                 self._files[key] = str(relative)
-        return {key: _image_size(self.root / name) for key, name in sorted(self._files.items())}
-
-    def _client(self) -> FileClient:
-        if self.backend == 'disk':
-            return FileClient('disk')
-        name = str(self.root.resolve())
-        if name not in _clients:
-            client = FileClient('lmdb', db_paths=name)
-            environment = client.client._client['default']
-            needed = (environment.info()['last_pgno'] + 1) * environment.stat()['psize']
-            found = (self.root / 'data.mdb').stat().st_size
-            if found < needed:
-                environment.close()
-                raise UserError(f'{self.label}: {self.root / "data.mdb"} is cut short: {found} of {needed} bytes.')
-            _clients[name] = client
-        return _clients[name]
-
-
-def _image_size(path: Path) -> tuple[int, int]:
-    """Height and width from the file's header, as :func:`decode` will return them."""
-    try:
-        with Image.open(path) as img:
-            width, height = img.size
-            # Pillow would decode a whole PNG to find its EXIF data
-            transposed = img.format != 'PNG' and img.getexif().get(_EXIF_ORIENTATION) in _EXIF_TRANSPOSED
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f'{path} is not a readable image: {error}.') from error
-    return (width, height) if transposed else (height, width)
+        return {key: image_size(self.root / name, str(self.root / name)) for key, name in sorted(self._files.items())}

@@ -1,51 +1,148 @@
 """Which ground truth belongs to which degraded image."""
 
+import bisect
 import difflib
-from collections.abc import Iterable
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from cea_arch.errors import UserError
 
+_NUMBER = re.compile(r'[0-9]+(?:\.[0-9]+)?')
 
-def _candidates(key: str) -> tuple[str, ...]:
-    """Names a ground truth may have: the same, ``norain-1`` for ``rain-1``, the id before ``_`` (``0001_0.8_0.2``)."""
-    folder, slash, name = key.rpartition('/')
-    return tuple(folder + slash + stem for stem in (name, f'no{name}', name.split('_')[0]))
+
+@dataclass
+class Matching:
+    """What :func:`match_keys` found.
+
+    Attributes:
+        pairs: ``(lq, gt)`` for every degraded image that has a ground truth, in order of ``lq``.
+        lonely: Degraded images without a ground truth, in order.
+        unused: Ground truths without a degraded image, in order.
+    """
+
+    pairs: list[tuple[str, str]]
+    lonely: list[str]
+    unused: list[str]
+
+
+def match_keys(lq_keys: Iterable[str], gt_keys: Iterable[str]) -> Matching:
+    """Pair degraded images with ground truths by name; several degraded images may share one.
+
+    One rule decides for the whole set, the first of those that leave the fewest images alone, so that a missing ground
+    truth never hands its images to another one. The rules: the names are the same (``0001``); the ground truth's name
+    comes before the first ``_`` (``cat_0.8`` and ``cat``); its numbers are the first numbers of the degraded image's
+    name (``rain-001`` and ``norain-1``, ``0025_0.8_0.04`` and ``25``); or the last ones (``low_00002`` and ``2``). Zero
+    padding and the text around the numbers do not count, but each side must put one text in front of them, or the
+    ground truths none. Folders in the keys must agree, unless no rule pairs anything that way.
+    """
+    lq_keys, gt_keys = sorted(lq_keys), sorted(gt_keys)
+    best = None
+    for scope in (str, _file_name):
+        for rule in (_by_name, _by_first_part, _by_first_numbers, _by_last_numbers):
+            pairs = rule(lq_keys, gt_keys, scope)
+            paired, used = {lq for lq, _ in pairs}, {gt for _, gt in pairs}
+            alone = len(lq_keys) - len(paired) + len(gt_keys) - len(used)
+            if best is None or alone < best[0]:
+                lonely = [key for key in lq_keys if key not in paired]
+                best = (alone, Matching(pairs, lonely, [key for key in gt_keys if key not in used]))
+        if best[1].pairs:
+            break
+    return best[1]
 
 
 def pair_keys(lq_keys: Iterable[str], gt_keys: Iterable[str], label: str) -> list[tuple[str, str]]:
-    """Pair degraded images with ground truths by name; several degraded images may share one.
+    """The pairs of :func:`match_keys`, where all images of both sides must have a partner.
 
     Args:
         lq_keys, gt_keys: Keys of the two stores.
         label: The data set's option, for the message.
 
-    Returns:
-        ``(lq, gt)`` for every degraded image, in order of ``lq``.
-
     Raises:
         UserError: An image of either side has no partner; names the first five and the nearest name of each.
     """
-    lq_keys, gt_keys = sorted(lq_keys), set(gt_keys)
-    pairs, lonely = [], []
+    lq_keys, gt_keys = list(lq_keys), list(gt_keys)
+    found = match_keys(lq_keys, gt_keys)
+    if found.lonely or found.unused:
+        sides = ('degraded', found.lonely, gt_keys), ('ground truth', found.unused, lq_keys)
+        lines = [f'{len(keys)} {side}: {describe(keys, others)}.' for side, keys, others in sides if keys]
+        raise UserError(f'{label}: images without a partner. ' + ' '.join(lines))
+    return found.pairs
+
+
+def describe(keys: list[str], others: Iterable[str]) -> str:
+    """The first five of ``keys``, each with the most similar of ``others``."""
+    others = sorted(others)
+    shown = []
+    for key in keys[:5]:
+        place = bisect.bisect(others, key)  # comparing with all of 70,000 names would take minutes
+        near = difflib.get_close_matches(key, others[max(0, place - 500) : place + 500], n=1, cutoff=0)
+        shown.append(f'{key!r}' + (f' (nearest: {near[0]!r})' if near else ''))
+    return ', '.join(shown) + (f' and {len(keys) - 5} more' if len(keys) > 5 else '')
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """Sort key by which ``rain-2`` comes before ``rain-10``."""
+    return [(len(part), part) if part.isdigit() else (0, part) for part in re.split('([0-9]+)', name)]
+
+
+def _file_name(key: str) -> str:
+    return key.rpartition('/')[2]
+
+
+def _by_name(lq_keys: list[str], gt_keys: list[str], scope: Callable[[str], str]) -> list[tuple[str, str]]:
+    known = _unique((scope(gt), gt) for gt in gt_keys)
+    return [(lq, known[scope(lq)]) for lq in lq_keys if scope(lq) in known]
+
+
+def _by_first_part(lq_keys: list[str], gt_keys: list[str], scope: Callable[[str], str]) -> list[tuple[str, str]]:
+    known = _unique((scope(gt), gt) for gt in gt_keys)
+    parts = ((lq, scope(lq)[: len(scope(lq)) - len(_file_name(lq))] + _file_name(lq).split('_')[0]) for lq in lq_keys)
+    return [(lq, known[part]) for lq, part in parts if part in known]
+
+
+def _by_first_numbers(lq_keys: list[str], gt_keys: list[str], scope: Callable[[str], str]) -> list[tuple[str, str]]:
+    return _by_numbers(lq_keys, gt_keys, scope, lambda found, count: found[:count])
+
+
+def _by_last_numbers(lq_keys: list[str], gt_keys: list[str], scope: Callable[[str], str]) -> list[tuple[str, str]]:
+    return _by_numbers(lq_keys, gt_keys, scope, lambda found, count: found[-count:])
+
+
+def _by_numbers(
+    lq_keys: list[str], gt_keys: list[str], scope: Callable[[str], str], take: Callable[[tuple, int], tuple]
+) -> list[tuple[str, str]]:
+    lq_texts, gt_texts = ({key: _text_before(key) for key in keys} for keys in (lq_keys, gt_keys))
+    lq_usual, gt_usual = (Counter([*texts.values(), '']).most_common(1)[0][0] for texts in (lq_texts, gt_texts))
+    known = _unique((_identity(gt, scope), gt) for gt in gt_keys if gt_texts[gt] == gt_usual and _numbers(gt))
+    pairs = []
     for lq in lq_keys:
-        gt = next((name for name in _candidates(lq) if name in gt_keys), None)
-        if gt is None:
-            lonely.append(lq)
-        else:
+        if gt_usual and lq_texts[lq] != lq_usual:
+            continue
+        folder, numbers = _identity(lq, scope)
+        candidates = ((folder, take(numbers, count)) for count in range(len(numbers), 0, -1))
+        gt = next((known[candidate] for candidate in candidates if candidate in known), None)
+        if gt is not None:
             pairs.append((lq, gt))
-    unused = sorted(gt_keys - {gt for _, gt in pairs})
-    if lonely or unused:
-        lines = [_describe('degraded', lonely, unused or gt_keys), _describe('ground truth', unused, lonely or lq_keys)]
-        raise UserError(f'{label}: images without a partner. ' + ' '.join(line for line in lines if line))
     return pairs
 
 
-def _describe(side: str, keys: list[str], others: Iterable[str]) -> str:
-    if not keys:
-        return ''
-    shown = []
-    for key in keys[:5]:
-        near = difflib.get_close_matches(key, list(others), n=1, cutoff=0)
-        shown.append(f'{key!r}' + (f' (nearest: {near[0]!r})' if near else ''))
-    more = f' and {len(keys) - 5} more' if len(keys) > 5 else ''
-    return f'{len(keys)} {side}: {", ".join(shown)}{more}.'
+def _identity(key: str, scope: Callable[[str], str]) -> tuple[str, tuple[str, ...]]:
+    return scope(key).rpartition('/')[0], _numbers(key)
+
+
+def _numbers(key: str) -> tuple[str, ...]:
+    """The numbers of a file's name without zero padding: ``('25', '.8', '.04')`` of ``0025_0.8_0.04``."""
+    return tuple(number.lstrip('0') or '0' for number in _NUMBER.findall(_file_name(key)))
+
+
+def _text_before(key: str) -> str:
+    return _NUMBER.split(_file_name(key), maxsplit=1)[0].casefold()
+
+
+def _unique(items: Iterable[tuple]) -> dict:
+    """A mapping of the items whose first half occurs once; the others would be ambiguous."""
+    items = list(items)
+    counts = Counter(identity for identity, _ in items)
+    return {identity: key for identity, key in items if counts[identity] == 1}

@@ -1,0 +1,222 @@
+"""Check raw image sets before anything is written: pairs, sizes, damage, and test images among the training images."""
+
+import hashlib
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from cea_arch.data.benchmarks import LEAKS_BY_ID, ImageSet
+from cea_arch.data.image_store import decode
+from cea_arch.data.pairing import describe, match_keys
+from cea_arch.data.recognise import Found, recognise
+from cea_arch.errors import UserError
+
+Item, Result = TypeVar('Item'), TypeVar('Result')
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Of one file: height and width in pixels, and a hash of its pixels, whatever format they are stored in."""
+
+    size: tuple[int, int]
+    digest: bytes
+
+
+@dataclass
+class Checked:
+    """A set after the check.
+
+    Attributes:
+        found: The set, its layout and its files.
+        pairs: ``(lq, gt)`` names of good pairs by degraded role; in a set without degraded images by the role ``gt``,
+            twice the same name. Only these are written.
+        matched: How many images or pairs were found, good or not.
+        faults: What is wrong, in sentences, by column of the table: ``unmatched``, ``unequal``, ``unreadable``,
+            ``twice``, ``duplicates``.
+        counts: How many files or pairs each fault concerns.
+        notes: What a user should know and need not mend.
+    """
+
+    found: Found
+    pairs: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    matched: dict[str, int] = field(default_factory=dict)
+    faults: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The degraded roles; the ground truth's where there are none."""
+        return self.found.image_set.roles[1:] or self.found.image_set.roles
+
+    def verdict(self) -> str:
+        """``ok``, ``absent``, ``incomplete`` (fewer pairs than published, or faults) or ``more`` (than published)."""
+        if not self.found.layout:
+            return 'absent'
+        counts = [len(self.pairs[role]) for role in self.roles]
+        if self.faults or min(counts) < self.found.expected:
+            return 'incomplete'
+        return 'more' if max(counts) > self.found.expected else 'ok'
+
+    def is_fine(self) -> bool:
+        verdict = self.verdict()
+        return verdict == 'ok' or (verdict == 'absent' and self.found.image_set.optional)
+
+
+def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """``map`` on threads, in order, at most four items a thread ahead of what was taken."""
+    pending: deque = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) >= 4 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def check_sets(image_sets: Iterable[ImageSet], places: dict[str, list[Path]], workers: int) -> list[Checked]:
+    """Recognise and check ``image_sets`` among the files of :func:`cea_arch.data.recognise.scan`.
+
+    Every file is decoded once, on ``workers`` threads; nothing of it is kept but :class:`Contents`.
+    """
+    found = [recognise(image_set, places) for image_set in image_sets]
+    paths = sorted({path for one in found for path in _paths(one)})
+    progress = tqdm(in_order(_inspect, paths, workers), total=len(paths), desc='checking', unit='file', disable=None)
+    contents = dict(zip(paths, progress))
+    checked = [_check_set(one, contents) for one in found]
+    _find_duplicates(checked, contents)
+    for one in checked:
+        _drop_incomplete_scenes(one)
+    _note_shared_ids(checked)
+    return checked
+
+
+def _paths(found: Found) -> Iterator[Path]:
+    for names in found.files.values():
+        yield from names.values()
+    yield from (path for path, _ in found.copies)
+
+
+def _inspect(path: Path) -> Contents | None:
+    """None where the file cannot be decoded."""
+    try:
+        img = decode(path.read_bytes(), str(path))
+    except (UserError, OSError):
+        return None
+    return Contents(img.shape[:2], hashlib.blake2b(img, digest_size=16).digest())
+
+
+def _check_set(found: Found, contents: dict[Path, Contents | None]) -> Checked:
+    checked = Checked(found)
+    unreadable = sorted(str(path) for path in _paths(found) if contents[path] is None)
+    _blame(checked, 'unreadable', len(unreadable), _list(unreadable))
+    twice = [(a, b) for a, b in found.copies if contents[a] != contents[b]]
+    _blame(checked, 'twice', len(twice), _list(f'{a} and {b} are different' for a, b in twice))
+    if len(found.copies) > len(twice):
+        checked.notes.append(f'{len(found.copies) - len(twice):,} copies of the same images are left aside.')
+    if found.others:
+        checked.notes.append(f'other images in the layout {", ".join(found.others)} are left aside.')
+    bad = {path for pair in twice for path in pair} | {path for path in _paths(found) if contents[path] is None}
+    for role in checked.roles if found.layout else ():
+        _pair_role(checked, role, contents, bad)
+    return checked
+
+
+def _pair_role(checked: Checked, role: str, contents: dict[Path, Contents | None], bad: set[Path]) -> None:
+    gt_role = checked.found.image_set.roles[0]
+    gt_files, lq_files = (checked.found.files.get(name, {}) for name in (gt_role, role))
+    checked.matched[role], checked.pairs[role] = 0, []
+    if not lq_files or not gt_files:
+        absent, other = (role, gt_files) if gt_files else (gt_role, lq_files)
+        return _blame(checked, 'unmatched', len(other), f'no images of {absent} found')
+    matching = match_keys(lq_files, gt_files)
+    # where one ground truth has many versions, more ground truths than versions do no harm
+    unused = [] if checked.found.image_set.shares_gt and not matching.lonely else matching.unused
+    sides = (role, matching.lonely, gt_files), (gt_role, unused, lq_files)
+    for side, keys, others in sides:
+        _blame(checked, 'unmatched', len(keys), f'{side} without a partner: {describe(keys, others)}' if keys else '')
+    if len(unused) < len(matching.unused):
+        checked.notes.append(f'{len(matching.unused):,} ground truths without a degraded image are left aside.')
+    good = [(lq, gt) for lq, gt in matching.pairs if lq_files[lq] not in bad and gt_files[gt] not in bad]
+    unequal = [(lq, gt) for lq, gt in good if contents[lq_files[lq]].size != contents[gt_files[gt]].size]
+    sizes = (
+        f'{lq_files[lq]} {contents[lq_files[lq]].size} and {gt_files[gt]} {contents[gt_files[gt]].size}'
+        for lq, gt in unequal
+    )
+    _blame(checked, 'unequal', len(unequal), _list(sizes, ' (height, width)'))
+    checked.matched[role] = len(matching.pairs)
+    checked.pairs[role] = sorted(set(good) - set(unequal))
+
+
+def _drop_incomplete_scenes(checked: Checked) -> None:
+    """Where a ground truth has one version of each of several roles, keep those that are good in every role at hand."""
+    roles = [role for role in checked.roles if checked.pairs.get(role)]
+    if len(roles) < 2:
+        return
+    whole = set.intersection(*({gt for _, gt in checked.pairs[role]} for role in roles))
+    dropped = {gt for role in roles for _, gt in checked.pairs[role]} - whole
+    for role in roles:
+        checked.pairs[role] = [pair for pair in checked.pairs[role] if pair[1] in whole]
+    if dropped:
+        checked.notes.append(
+            f'scenes that are not good in every role are left out of all: {describe(sorted(dropped), ())}'
+        )
+
+
+def _find_duplicates(checked: list[Checked], contents: dict[Path, Contents | None]) -> None:
+    """Blame training images that are test images too, and leave them out of the pairs."""
+    tests: dict[bytes, tuple[Checked, Path]] = {}
+    for one in checked:
+        if one.found.image_set.split == 'test':
+            tests.update({contents[path].digest: (one, path) for path in _paths(one.found) if contents[path]})
+    for one in checked:
+        if one.found.image_set.split != 'train':
+            continue
+        same = [
+            (p, *tests[contents[p].digest]) for p in _paths(one.found) if contents[p] and contents[p].digest in tests
+        ]
+        known = [{one.found.image_set.name, test.found.image_set.name} == set(LEAKS_BY_ID) for _, test, _ in same]
+        if any(known):
+            one.notes.append(
+                f'{sum(known):,} images have the pixels of a SOTS-outdoor image; the literature keeps them.'
+            )
+        wrong = [(path, test, other) for (path, test, other), is_known in zip(same, known) if not is_known]
+        _blame(one, 'duplicates', len(wrong), _list(f'{p} is {other} of {t.found.title}' for p, t, other in wrong))
+        _drop_files(one, {path for path, _, _ in wrong})
+
+
+def _drop_files(checked: Checked, bad: set[Path]) -> None:
+    gt_files = checked.found.files.get(checked.found.image_set.roles[0], {})
+    for role, pairs in checked.pairs.items():
+        lq_files = checked.found.files.get(role, {})
+        checked.pairs[role] = [(lq, gt) for lq, gt in pairs if lq_files[lq] not in bad and gt_files[gt] not in bad]
+
+
+def _note_shared_ids(checked: list[Checked]) -> None:
+    """OTS and SOTS share scenes: count the ids that occur in both."""
+    ids = {
+        one.found.image_set.name: {gt.lstrip('0') for pairs in one.pairs.values() for _, gt in pairs}
+        for one in checked
+        if one.found.image_set.name in LEAKS_BY_ID
+    }
+    shared = set.intersection(*ids.values()) if len(ids) > 1 else set()
+    if shared:
+        note = f'{len(shared):,} scene ids occur in RESIDE-beta OTS too, which is known; the literature keeps both.'
+        next(one for one in checked if one.found.image_set.name == LEAKS_BY_ID[1]).notes.append(note)
+
+
+def _blame(checked: Checked, fault: str, count: int, sentence: str) -> None:
+    if count:
+        checked.counts[fault] += count
+        checked.faults[fault].append(sentence)
+
+
+def _list(items: Iterable[str], unit: str = '') -> str:
+    items = list(items)
+    return '; '.join(items[:5]) + unit + (f' and {len(items) - 5:,} more' if len(items) > 5 else '')

@@ -1,0 +1,155 @@
+"""From raw downloads to verified LMDBs: what the scripts ``datasets_prep/prepare_*.py`` run."""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import cv2
+from tqdm import tqdm
+
+from cea_arch.data.benchmarks import BENCHMARKS, GOPRO_TRAIN
+from cea_arch.data.check import Checked, check_sets, in_order
+from cea_arch.data.image_store import decode
+from cea_arch.data.lmdb_writer import write_lmdb
+from cea_arch.data.recognise import scan
+from cea_arch.errors import UserError
+
+FAULTS = ('unmatched', 'unequal', 'unreadable', 'twice', 'duplicates')
+COLUMNS = ('set', 'layout', 'found', 'good', 'expected', *FAULTS, 'verdict')
+CROP_SIZE, CROP_OVERLAP = 512, 256  # pixels: with them Restormer, and after it MoCE-IR, cut GoPro's training frames
+
+
+def main(benchmark: str, argv: list[str] | None = None) -> int:
+    """Check, and unless ``--check`` write, the sets of a benchmark.
+
+    Returns:
+        The exit code: 0; 1 where the check found something missing or wrong; 2 for another mistake.
+    """
+    args = _parser(benchmark).parse_args(argv)
+    try:
+        return _run(benchmark, args)
+    except (UserError, OSError) as error:
+        print(f'{benchmark}: {error}', file=sys.stderr)
+        return 2
+
+
+def _parser(benchmark: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=f'Check the raw image sets of {benchmark} and write them as LMDBs. Nothing is downloaded.'
+    )
+    parser.add_argument('--raw', type=Path, nargs='+', required=True, help='folders that hold the downloads, unpacked')
+    parser.add_argument('--output', type=Path, default=Path('datasets'), help='folder to write to (default: datasets)')
+    parser.add_argument('--check', action='store_true', help='only check')
+    parser.add_argument(
+        '--allow-partial', action='store_true', help='write what is good although something is missing or wrong'
+    )
+    parser.add_argument('--overwrite', action='store_true', help='replace LMDBs that hold something else')
+    parser.add_argument('--workers', type=int, default=os.cpu_count() or 1, help='threads (default: one a CPU core)')
+    if benchmark == 'AIO-5':
+        parser.add_argument(
+            '--gopro-crops',
+            action='store_true',
+            help=f'write the training frames of GoPro as crops of {CROP_SIZE} pixels that overlap by {CROP_OVERLAP}, '
+            'to gopro_crops_{lq,gt}.lmdb (PNG, 8 a frame)',
+        )
+    return parser
+
+
+def _run(benchmark: str, args: argparse.Namespace) -> int:
+    if args.workers < 1:
+        raise UserError(f'--workers must be at least 1, got {args.workers}.')
+    places = scan(args.raw)
+    checked = check_sets(BENCHMARKS[benchmark], places, args.workers)
+    print(report(checked))
+    fine = all(one.is_fine() for one in checked)
+    if args.check or not (fine or args.allow_partial):
+        if not fine:
+            print('Something is missing or wrong. With --allow-partial what is good is written all the same.')
+        return 0 if fine else 1
+    jobs = plan(checked, getattr(args, 'gopro_crops', False))
+    if not jobs:
+        raise UserError(f'no images of its sets found below {", ".join(map(str, args.raw))}.')
+    _check_space(jobs, args.output)
+    for store, files in jobs.items():
+        _write(args.output / f'{store}.lmdb', files, args)
+    return 0
+
+
+def report(checked: list[Checked]) -> str:
+    """The check's table; below it every fault and note, and where absent sets are to be had."""
+    rows = [COLUMNS]
+    for one in checked:
+        layout = one.found.layout.name if one.found.layout else '-'
+        for role in one.roles:
+            name = one.found.title if role in ('lq', 'gt') else f'{one.found.title} {role}'
+            found, good = one.matched.get(role, 0), len(one.pairs.get(role, ()))
+            faults = (one.counts.get(fault, 0) if role == one.roles[0] else '' for fault in FAULTS)
+            rows.append((name, layout, found, good, one.found.expected, *faults, one.verdict()))
+    widths = [max(len(str(row[column])) for row in rows) for column in range(len(COLUMNS))]
+    lines = ['  '.join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    for one in checked:
+        title = one.found.title
+        lines += [f'{title}: {fault}: {text}.' for fault in FAULTS for text in one.faults.get(fault, ())]
+        lines += [f'{title}: note: {note}' for note in one.notes]
+        if not one.is_fine() or one.verdict() == 'absent':
+            optional = ' (optional)' if one.found.image_set.optional else ''
+            source, licence = one.found.image_set.source, one.found.image_set.licence
+            lines.append(f'{title}: {one.verdict()}{optional}. To be had at {source}; licence: {licence}.')
+    return '\n'.join(lines)
+
+
+def plan(checked: list[Checked], gopro_crops: bool = False) -> dict[str, list[tuple[str, Path, bool]]]:
+    """What goes into which LMDB: ``(key, file, whether to cut it into crops)`` by store, in order of key."""
+    jobs: dict[str, dict[str, tuple[str, Path, bool]]] = {}
+    for one in checked:
+        crops = gopro_crops and one.found.store == GOPRO_TRAIN.store
+        store = one.found.store.replace('gopro', 'gopro_crops') if crops else one.found.store
+        gt_role = one.found.image_set.roles[0]
+        for role, pairs in one.pairs.items():
+            for lq, gt in pairs:
+                keys = one.found.image_set.stored_keys(lq, gt)
+                for side, name, key in ((role, lq, keys[0]), (gt_role, gt, keys[1])):
+                    job = (key, one.found.files[side][name], crops)
+                    jobs.setdefault(store.replace('<role>', side), {})[key] = job
+    return {store: [files[key] for key in sorted(files)] for store, files in jobs.items()}
+
+
+def _check_space(jobs: dict[str, list[tuple[str, Path, bool]]], output: Path) -> None:
+    needed = sum(path.stat().st_size for files in jobs.values() for _, path, _ in files)
+    output.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(output).free
+    if needed > free:
+        raise UserError(f'{output} has {free / 1e9:.1f} GB free, the images need {needed / 1e9:.1f} GB.')
+
+
+def _write(destination: Path, files: list[tuple[str, Path, bool]], args: argparse.Namespace) -> None:
+    progress = partial(tqdm, total=len(files), desc=destination.name, unit='file', disable=None)
+    images = (image for read in progress(in_order(_read, files, args.workers)) for image in read)
+    written = write_lmdb(images, destination, args.overwrite)
+    kept = f', {written.kept:,} of them kept from an earlier run' if written.kept else ''
+    print(f'{destination}: {written.images:,} images, complete and verified{kept}')
+
+
+def _read(job: tuple[str, Path, bool]) -> list[tuple[str, bytes]]:
+    key, path, crops = job
+    data = path.read_bytes()
+    return list(cut(key, data, str(path))) if crops else [(key, data)]
+
+
+def cut(key: str, data: bytes, where: str) -> Iterator[tuple[str, bytes]]:
+    """Crops of an image file as PNGs, keyed ``<key>_s001`` and so on, by rows; the last ones end at the border."""
+    img = decode(data, where)
+    corners = [(top, left) for top in _starts(img.shape[0]) for left in _starts(img.shape[1])]
+    for number, (top, left) in enumerate(corners, 1):
+        crop = img[top : top + CROP_SIZE, left : left + CROP_SIZE, ::-1]
+        yield f'{key}_s{number:03d}', cv2.imencode('.png', crop)[1].tobytes()
+
+
+def _starts(size: int) -> list[int]:
+    if size <= CROP_SIZE:
+        return [0]
+    return [*range(0, size - CROP_SIZE, CROP_SIZE - CROP_OVERLAP), size - CROP_SIZE]

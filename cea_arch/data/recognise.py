@@ -1,0 +1,96 @@
+"""Find image sets in folders by looking at what lies where."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cea_arch.data.benchmarks import ImageSet, Layout, path_patterns
+from cea_arch.data.image_store import is_image_name
+from cea_arch.errors import UserError
+
+
+@dataclass
+class Found:
+    """A set and the files that were recognised as its own.
+
+    Attributes:
+        layout: None where nothing was found.
+        files: By role and name, without suffix.
+        copies: ``(another file, the one in files)`` of one role and name.
+        others: Other layouts in which images were found; they are left aside.
+    """
+
+    image_set: ImageSet
+    layout: Layout | None = None
+    files: dict[str, dict[str, Path]] = field(default_factory=dict)
+    copies: list[tuple[Path, Path]] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+
+    @property
+    def expected(self) -> int:
+        return (self.layout and self.layout.expected) or self.image_set.expected
+
+    @property
+    def store(self) -> str:
+        return (self.layout and self.layout.store) or self.image_set.store
+
+    @property
+    def title(self) -> str:
+        return f'{self.image_set.name} ({self.image_set.split})'
+
+
+def scan(folders: Iterable[Path]) -> dict[str, list[Path]]:
+    """The image files below ``folders``, by the path of their folder from the given folder's own name on, with a ``/``.
+
+    Hidden files and the ``__MACOSX`` folders of archives are passed over; links to folders are followed once.
+
+    Raises:
+        UserError: A folder does not exist.
+    """
+    places, seen = {}, set()
+    for root in folders:
+        if not root.is_dir():
+            raise UserError(f'folder {str(root)!r} does not exist (looked for {root.absolute()}).')
+        root = root.resolve()
+        for folder, subfolders, names in os.walk(root, followlinks=True):
+            real = os.path.realpath(folder)
+            subfolders[:] = [] if real in seen else sorted(name for name in subfolders if name != '__MACOSX')
+            images = [] if real in seen else [Path(folder, name) for name in sorted(names) if is_image_name(name)]
+            seen.add(real)
+            if images:
+                place = Path(root.name, Path(folder).relative_to(root)).as_posix() + '/'
+                places.setdefault(place, []).extend(images)
+    return places
+
+
+def recognise(image_set: ImageSet, places: dict[str, list[Path]]) -> Found:
+    """The layout of ``image_set`` that the most files fit, first of all in the most roles."""
+    candidates = [_collect(image_set, layout, places) for layout in image_set.layouts]
+    candidates = [found for found in candidates if found.files]
+    if not candidates:
+        return Found(image_set)
+    best = max(candidates, key=lambda found: (len(found.files), sum(map(len, found.files.values()))))
+    best.others = [found.layout.name for found in candidates if found is not best and _holds_more(found, best)]
+    return best
+
+
+def _holds_more(found: Found, best: Found) -> bool:
+    taken = {path for names in best.files.values() for path in names.values()}
+    taken |= {path for path, _ in best.copies}
+    return any(path not in taken for names in found.files.values() for path in names.values())
+
+
+def _collect(image_set: ImageSet, layout: Layout, places: dict[str, list[Path]]) -> Found:
+    found = Found(image_set, layout)
+    for role in image_set.roles:
+        folder, name = path_patterns(layout.gt if role == image_set.roles[0] else layout.lq, role)
+        names: dict[str, Path] = {}
+        for path in (path for place in places if folder.fullmatch(place) for path in places[place]):
+            if name.fullmatch(path.stem):
+                key = f'{path.parent.parent.name}_{path.stem}' if layout.nested else path.stem
+                if names.setdefault(key, path) is not path:
+                    found.copies.append((path, names[key]))
+        if names:
+            found.files[role] = names
+    return found
