@@ -164,7 +164,9 @@ def test_layouts_are_found_and_identity_holds():
     x = torch.rand(2, 3, 9, 12)
     before = net(x)
     targets = ['stem.0', 'pixels.*', 'tokens', 'head']
+    random = torch.get_rng_state()
     names = inject_cea(net, targets, rank={'pixels.1': 5, '**': 2}, width=4)
+    assert torch.equal(torch.get_rng_state(), random)
     assert names == ['stem.0', 'pixels.0', 'pixels.1', 'tokens', 'head']
     layouts = {name: net.get_submodule(name).cea.layout for name in names}
     assert layouts == dict(zip(names, ['bchw', 'bhwc', 'bhwc', 'bnc', 'bchw']))

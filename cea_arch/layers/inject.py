@@ -60,8 +60,8 @@ def inject_cea(
     """Give the modules of ``net`` that match ``targets`` a CEA layer each, in place; the output does not change yet.
 
     A module that the network holds under several names gets one layer. New layers take the device and dtype of their
-    module's output, and train; what else trains is left as it is, see :func:`cea_parameters`. Everything is checked
-    before anything changes.
+    module's output, and train; what else trains is left as it is, see :func:`cea_parameters`. Torch's random numbers
+    go on as if nothing had been drawn. Everything is checked before anything changes.
 
     Args:
         net: Network whose forward takes one tensor.
@@ -92,15 +92,16 @@ def inject_cea(
     ranks = _ranks(rank, names)
     outputs = survey_modules(net, example)
     layers: dict[nn.Module, CEALayer] = {}
-    for name in names:
-        _check_target(name, modules[name], outputs[name], ranks[name])
-        if modules[name] not in layers:
-            output = outputs[name]
-            try:
-                layer = CEALayer(output.dim, ranks[name], width, num_heads, conditioning, routing, output.layout)
-            except ValueError as error:
-                raise ValueError(f'target {name!r}: {error}') from error
-            layers[modules[name]] = layer.to(output.device, output.dtype).train(modules[name].training)
+    with torch.random.fork_rng(devices=[]):  # runs with and without layers, or with other ones, draw the same data
+        for name in names:
+            _check_target(name, modules[name], outputs[name], ranks[name])
+            if modules[name] not in layers:
+                output = outputs[name]
+                try:
+                    layer = CEALayer(output.dim, ranks[name], width, num_heads, conditioning, routing, output.layout)
+                except ValueError as error:
+                    raise ValueError(f'target {name!r}: {error}') from error
+                layers[modules[name]] = layer.to(output.device, output.dtype).train(modules[name].training)
     for module, layer in layers.items():
         module.cea = layer
         layer.hook_handle = module.register_forward_hook(apply_cea)
