@@ -6,8 +6,10 @@ import sys
 from collections.abc import Callable
 
 import cea_arch
+from cea_arch.checkpoints import merge
 from cea_arch.compat import HAS_BASICSR, REMEDY
 from cea_arch.errors import UserError
+from cea_arch.layers import survey_modules
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,6 +34,14 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument('--debug', action='store_true', help='validate and save every 8 iterations')
     _add_score(commands)
     _add_report(commands)
+    text = (
+        'list the modules of network_g, or of its base, with output shape and layout: which can be targets of WithCEA'
+    )
+    _add(commands, 'modules', text, _modules).add_argument('-opt', required=True, help='option YAML file')
+    text = 'make a whole checkpoint from a base network and the CEA layers that a run with freeze_base saved'
+    command = _add(commands, 'merge', text, _merge)
+    for name in ('base', 'cea', 'out'):
+        command.add_argument(name, metavar=f'{name}.pth')
     return parser
 
 
@@ -81,6 +91,23 @@ def _report(args: argparse.Namespace) -> None:
     if not methods:
         raise UserError('name result files, or a benchmark with --published.')
     print(comparison.side_by_side(methods), end='')
+
+
+def _modules(args: argparse.Namespace) -> None:
+    """Print each module's name, class, output shape for two images, and layout or why it cannot be a target."""
+    options = importlib.import_module('cea_arch.options')
+    modules = survey_modules(options.read_base_network(args.opt))
+    widths = [max(len(word) for word in words) for words in zip(*((name, m.kind) for name, m in modules.items()))]
+    for name, module in modules.items():
+        mark = ' ' if module.problem else '*'
+        said = module.problem or f'{module.layout} {module.shape}'
+        print(f'{mark} {name:<{widths[0]}}  {module.kind:<{widths[1]}}  {said}')
+    print('Those with * can be targets; shapes are for two images.')
+
+
+def _merge(args: argparse.Namespace) -> None:
+    count = merge(args.base, args.cea, args.out)
+    print(f'{args.out}: {count} weights.')
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,7 @@ basicsr 1.4.2 imports three modules that newer releases have removed or moved. A
 import importlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -81,6 +81,9 @@ def import_basicsr() -> ModuleType | None:
 
 class _NoRegistry:
     """Stands where a registry would, if basicsr is absent: classes stay usable, look-ups say what is missing."""
+
+    def __iter__(self) -> Iterator:
+        raise ImportError(f'cannot look up a network: {REMEDY}')
 
     @staticmethod
     def register(obj: type | None = None, suffix: str | None = None) -> Callable | type:

@@ -1,7 +1,7 @@
 """What a user got wrong, said in a sentence."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
@@ -20,3 +20,13 @@ def check_keys(opt: dict, known: Iterable[str], label: str) -> None:
     for key in opt:
         if key not in known:
             raise UserError(f'{label}: unknown key {key!r}.{suggest(key, known)} Known: {", ".join(known)}.')
+
+
+def lookup(registry: Iterable[tuple[str, Callable]], name: object, label: str) -> Callable:
+    """The object of a registry by its name, for BasicSR's own also without their suffix; UserError if there is none."""
+    exact = dict(iter(registry))
+    known = {key.removesuffix('_basicsr'): value for key, value in exact.items()} | exact
+    if name not in known:
+        names = sorted({key.removesuffix('_basicsr') for key in known})
+        raise UserError(f'{label}: {name!r} is not registered.{suggest(name or "", names)} Known: {", ".join(names)}.')
+    return known[name]

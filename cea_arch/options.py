@@ -16,11 +16,12 @@ from basicsr.utils.registry import (
     LOSS_REGISTRY,
     METRIC_REGISTRY,
     MODEL_REGISTRY,
-    Registry,
 )
+from torch import nn
 
+from cea_arch.archs.with_cea_arch import WithCEA
 from cea_arch.data.all_in_one_dataset import DATASET_KEYS, positive_int
-from cea_arch.errors import UserError, check_keys, suggest
+from cea_arch.errors import UserError, check_keys, lookup, suggest
 from cea_arch.metrics.protocols import find_protocol
 from cea_arch.models.cea_model import optimizer_class
 
@@ -108,6 +109,12 @@ def read_options(path: str) -> dict[str, Any]:
     return opt
 
 
+def read_base_network(path: str) -> nn.Module:
+    """Build the network of an option file or, of :class:`WithCEA`, its base alone; UserError as for check_options."""
+    options = read_options(path)['network_g']
+    return _check_network(options.get('base', options))
+
+
 def check_options(opt: dict[str, Any]) -> None:
     """Check parsed options, in place where ``1e-3`` came as a string: names, keys, files, and that everything builds.
 
@@ -121,7 +128,7 @@ def check_options(opt: dict[str, Any]) -> None:
         raise UserError(
             f'num_gpu is {opt["num_gpu"]}, but {torch.cuda.device_count()} are here; num_gpu: 0 runs on the CPU.'
         )
-    _lookup(MODEL_REGISTRY, opt['model_type'], 'model_type')
+    lookup(MODEL_REGISTRY, opt['model_type'], 'model_type')
     if opt['model_type'] == 'CEAModel':
         for section, known in KNOWN_KEYS.items():
             check_keys(opt.get(section) or {} if section else opt, known, section or 'options')
@@ -130,7 +137,7 @@ def check_options(opt: dict[str, Any]) -> None:
     for phase, dataset in opt['datasets'].items():
         _check_dataset(phase, dataset, opt)
     for name, metric in (opt['val'].get('metrics') or {}).items():
-        _lookup(METRIC_REGISTRY, metric.get('type'), f'val.metrics.{name}.type')
+        lookup(METRIC_REGISTRY, metric.get('type'), f'val.metrics.{name}.type')
     _check_weights(opt)
     if opt['is_train']:
         _check_training(opt)
@@ -144,30 +151,22 @@ def _numbers(value: Any) -> Any:
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
-def _lookup(registry: Registry, name: str | None, label: str) -> Callable:
-    """The registered object, by its name or by the suffixed one of BasicSR's own."""
-    names = [key.removesuffix('_basicsr') for key, _ in registry]
-    if name not in names:
-        raise UserError(
-            f'{label}: {name!r} is not registered.{suggest(name or "", names)} Known: {", ".join(sorted(names))}.'
-        )
-    return registry.get(name if name in registry else f'{name}_basicsr')
-
-
 def _check_arguments(target: Callable, options: dict[str, Any], label: str, skip: tuple[str, ...] = ('self',)) -> None:
     parameters = inspect.signature(target).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         check_keys(options, set(parameters) - set(skip), label)
 
 
-def _check_network(options: dict[str, Any]) -> None:
+def _check_network(options: dict[str, Any], label: str = 'network_g') -> nn.Module:
     options = deepcopy(options)
-    network = _lookup(ARCH_REGISTRY, options.pop('type', None), 'network_g.type')
-    _check_arguments(network, options, 'network_g')
+    network = lookup(ARCH_REGISTRY, options.pop('type', None), f'{label}.type')
+    _check_arguments(network, options, label)
+    if network is WithCEA and isinstance(options.get('base'), dict):
+        _check_network(options['base'], f'{label}.base')
     try:
-        network(**options)
+        return network(**options)
     except (TypeError, ValueError) as error:
-        raise UserError(f'network_g: {error}') from error
+        raise UserError(f'{label}: {error}') from error
 
 
 def _apply_protocol(opt: dict[str, Any]) -> None:
@@ -192,7 +191,7 @@ def _check_dataset(phase: str, options: dict[str, Any], opt: dict[str, Any]) -> 
         raise UserError(f'{label}: a data set is called train, val, val_1, test_1, and so on.')
     if not options.get('name'):
         raise UserError(f'{label}.name is missing.')
-    dataset_type = _lookup(DATASET_REGISTRY, options.get('type'), f'{label}.type')
+    dataset_type = lookup(DATASET_REGISTRY, options.get('type'), f'{label}.type')
     if options['type'] == 'AllInOneDataset':
         check_keys(options, DATASET_KEYS | LOADER_KEYS, label)
     try:
@@ -239,7 +238,7 @@ def _check_training(opt: dict[str, Any]) -> None:
     for key in ('pixel_opt', 'fft_opt', 'perceptual_opt'):
         if train.get(key):
             options = dict(train[key])
-            loss = _lookup(LOSS_REGISTRY, options.pop('type', None), f'train.{key}.type')
+            loss = lookup(LOSS_REGISTRY, options.pop('type', None), f'train.{key}.type')
             _check_arguments(loss, options, f'train.{key}')
     scheduler = dict(train['scheduler'])
     scheduler_type = scheduler.pop('type', None)

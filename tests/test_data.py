@@ -116,6 +116,22 @@ def test_evaluation_crops_the_centre(image_folder):
     assert centre_crop(img, 16)[0, 0, 0] == 1 * 67 + 1
 
 
+def test_downscaling_is_matlabs_bicubic(image_folder):
+    """Of a linear ramp, away from the border, every cubic kernel gives the ramp; aligned as pixel areas are."""
+    source = {'degradation': 'downscale', 'scale': 3, 'dataroot_gt': image_folder('gt', ['a'], (49, 65))}
+    sample = AllInOneDataset(options('val', x=source))[0]
+    assert sample['gt'].shape == (3, 48, 63)
+    assert sample['lq'].shape == (3, 16, 21)
+    train = AllInOneDataset(options(x=source, gt_size=24))[0]
+    assert (train['gt'].shape, train['lq'].shape) == ((3, 24, 24), (3, 8, 8))
+    ramp = np.repeat(np.arange(60, dtype=np.uint8)[None, :, None], 60, 0).repeat(3, 2) * 4
+    small = AllInOneDataset(options('val', x=source)).sources[0].degrade(ramp, None)
+    assert small.dtype == np.uint8
+    np.testing.assert_array_equal(small[2:-2, 2:-2, 0], np.tile((4 + 12 * np.arange(20))[2:-2], (16, 1)))
+    with pytest.raises(UserError, match=r'gt_size is 32, no multiple of scale, 3, of x'):
+        AllInOneDataset(options(x=source))
+
+
 def test_sixteen_bit_images_keep_their_depth(tmp_path):
     img = np.arange(64 * 64 * 3, dtype=np.uint16).reshape(64, 64, 3) * 5
     for name in ('lq', 'gt'):
@@ -253,6 +269,7 @@ def test_a_crop_larger_than_an_image_is_named(image_folder):
     [
         ({'degradation': 'pairs'}, "degradation must be one of .*, got 'pairs'. Did you mean 'paired'?"),
         ({'degradation': 'paired'}, r'dataroot_lq is missing'),
+        ({'degradation': 'downscale'}, 'sources.x.scale must be a whole number of at least 1, got None'),
         ({'degradation': 'gaussian_noise', 'sigma': 25}, "unknown key 'sigma'. Did you mean 'sigmas'?"),
         ({'degradation': 'gaussian_noise', 'quantize': 'floor'}, "quantize must be trunc or round, got 'floor'"),
         ({'degradation': 'gaussian_noise', 'repeat': 0}, 'repeat must be a whole number of at least 1, got 0'),

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import yaml
+from basicsr.archs import build_network
 from basicsr.models.lr_scheduler import CosineAnnealingRestartLR
 from conftest import ROOT
 
@@ -32,6 +33,9 @@ def prepared(path, lmdb, is_train):
         dataset['phase'] = phase.split('_')[0]
         for source in dataset['sources'].values():
             source |= {key: str(lmdb) for key in source if key.startswith('dataroot')}
+    if opt['network_g'].get('pretrained_base'):
+        opt['network_g']['pretrained_base'] = str(lmdb.parent / 'base.pth')
+        torch.save(build_network(opt['network_g']['base']).state_dict(), lmdb.parent / 'base.pth')
     if not is_train:
         opt['path']['pretrain_network_g'] = __file__
     return opt
@@ -197,6 +201,23 @@ def test_mistakes_get_one_sentence_and_leave_no_trace(demo, run, tmp_path, key, 
     assert said.startswith('cea train: ')
     assert len(said.splitlines()) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ['o.yml']  # nothing archived, nothing begun
+
+
+BASE_MISTAKES = [
+    ('EDSR', 'network_g: base must be the options of a network, such as {type: SwinIR}, got '),
+    ({'type': 'EDSRR'}, "network_g.base.type: 'EDSRR' is not registered. Did you mean 'EDSR'?"),
+    ({'type': 'RRDBNet', 'num_blocks': 2}, "network_g.base: unknown key 'num_blocks'. Did you mean 'num_block'?"),
+    ({'type': 'RRDBNet'}, 'network_g.base: RRDBNet.__init__() missing 2 required positional arguments'),
+    ({'type': 'CEANet', 'size': 'T'}, 'network_g: targets: auto knows ECBSR, EDSR, '),
+]
+
+
+@pytest.mark.parametrize(('base', 'message'), BASE_MISTAKES, ids=[str(base) for base, _ in BASE_MISTAKES])
+def test_mistakes_in_the_base_of_with_cea(demo, run, base, message):
+    demo['network_g'] = {'type': 'WithCEA', 'base': base}
+    code, said = run(demo)
+    assert code == 2
+    assert message in said
 
 
 def test_option_file_that_does_not_exist(capsys):

@@ -2,11 +2,13 @@
 
 import bisect
 import itertools
+import math
 import zlib
 from typing import Any
 
 import numpy as np
 import torch
+from basicsr.utils.matlab_functions import imresize
 from basicsr.utils.registry import DATASET_REGISTRY
 from torch.utils.data import Dataset
 
@@ -19,6 +21,7 @@ SOURCE_KEYS = {
     'paired': {'dataroot_lq'},
     'gaussian_noise': {'sigmas', 'quantize'},
     'synthetic': {'tasks', 'num_tasks', 'vary'},
+    'downscale': {'scale'},
 }
 COMMON_SOURCE_KEYS = {'degradation', 'dataroot_gt', 'io_backend', 'repeat'}
 DATASET_KEYS = {'name', 'type', 'phase', 'scale', 'sources', 'gt_size', 'use_hflip', 'use_rot', 'seed', 'crop_base'}
@@ -52,6 +55,8 @@ class Source:
     def degrade(self, gt: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Degrade a clean image, uint8 or uint16 ``(H, W, 3)``; the result is uint8."""
         clean = gt / float(np.iinfo(gt.dtype).max)
+        if self.degradation == 'downscale':
+            return quantize(imresize(clean, 1 / self.scale))
         if self.degradation == 'gaussian_noise':
             return quantize(gaussian_noise(clean, float(rng.choice(self.sigmas)), rng), self.quantize)
         count = int(rng.integers(self.num_tasks[0], self.num_tasks[1], endpoint=True))
@@ -61,6 +66,8 @@ class Source:
         """What the fixed draws of evaluation depend on, besides seed and image name."""
         if self.degradation == 'gaussian_noise':
             return f'gaussian_noise {self.sigmas}'
+        if self.degradation == 'downscale':
+            return f'downscale {self.scale}'
         return f'synthetic {self.tasks} {self.num_tasks} {self.vary}'
 
     def _check_sizes(self) -> None:
@@ -72,6 +79,7 @@ class Source:
                 )
 
     def _read_strengths(self, opt: dict[str, Any], label: str) -> None:
+        self.scale = positive_int(opt.get('scale'), f'{label}.scale') if self.degradation == 'downscale' else 1
         if self.degradation == 'gaussian_noise':
             sigmas = opt.get('sigmas', [15, 25, 50])
             self.sigmas = [float(sigma) for sigma in (sigmas if isinstance(sigmas, list) else [sigmas])]
@@ -109,6 +117,8 @@ class AllInOneDataset(Dataset):
                 literature's clip and truncate, default) or ``round``.
                 ``synthetic``: ``tasks`` (of ``low_light, rain, snow, haze, blur, noise``), ``num_tasks`` (how many of
                 them act at once: a number or ``[least, most]``), ``vary`` (strength varies over the image, default).
+                ``downscale``: ``scale``, the factor by which the degraded image is smaller; bicubic as MATLAB's, the
+                literature's way for super-resolution. Crops must be multiples of it, whole images are cropped so.
             dataroot_gt: Folder or ``.lmdb`` of clean images.
             io_backend: ``{type: disk}`` or ``{type: lmdb}``, for both roots.
             repeat: How often each image counts in an epoch (default 1).
@@ -141,7 +151,8 @@ class AllInOneDataset(Dataset):
         """Sample number ``index``.
 
         Returns:
-            ``lq`` and ``gt``, RGB float32 ``(3, H, W)`` in [0, 1]; ``lq_path`` and ``gt_path``; ``task``, the source.
+            ``lq`` and ``gt``, RGB float32 ``(3, H, W)`` in [0, 1], ``lq`` smaller where it is downscaled; ``lq_path``
+            and ``gt_path``; ``task``, the source.
         """
         source, lq_key, gt_key = self._locate(index)
         gt = source.gt.read(gt_key)
@@ -156,7 +167,7 @@ class AllInOneDataset(Dataset):
         else:
             name = gt_key.rpartition('/')[2]
             rng = evaluation_rng(self.opt.get('seed', 0), name, source.identity()) if lq is None else None
-            images = [centre_crop(img, self.opt.get('crop_base', 1)) for img in images]
+            images = [centre_crop(img, math.lcm(self.opt.get('crop_base', 1), source.scale)) for img in images]
         if lq is None:
             images.append(source.degrade(images[0], rng))
         gt, lq = (to_tensor(img) for img in images)
@@ -184,6 +195,8 @@ class AllInOneDataset(Dataset):
 
     def _check_crop(self) -> None:
         for source in self.sources:
+            if self.gt_size % source.scale:
+                raise UserError(f'gt_size is {self.gt_size}, no multiple of scale, {source.scale}, of {source.name}.')
             for key, size in source.gt.sizes.items():
                 if min(size) < self.gt_size:
                     raise UserError(

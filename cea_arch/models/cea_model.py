@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from cea_arch.archs.with_cea_arch import WithCEA
+from cea_arch.checkpoints import write_checkpoint
 from cea_arch.errors import UserError, suggest
 from cea_arch.metrics.protocols import PROTOCOLS, score
 from cea_arch.metrics.psnr_ssim_metric import uint8_bgr
@@ -181,15 +183,36 @@ class CEAModel(SRModel):
         write_picture(folder / f'{image_name}_{suffix}.png', uint8_bgr(img))
 
     def save_network(self, net: Any, net_label: str, current_iter: int, param_key: Any = 'params') -> None:
-        """Save weights under BasicSR's name and keys, beside and renamed."""
-        nets = net if isinstance(net, list) else [net]
+        """Save weights under BasicSR's name and keys, beside and renamed.
+
+        Of :class:`WithCEA` with a frozen base only the CEA layers, and ``network_g``, the options to rebuild it.
+        """
+        nets = [self.get_bare_model(net) for net in (net if isinstance(net, list) else [net])]
         keys = param_key if isinstance(param_key, list) else [param_key]
+        states = [net.stored_state() if isinstance(net, WithCEA) else net.state_dict() for net in nets]
         weights = {
-            key: {name: value.cpu() for name, value in self.get_bare_model(net).state_dict().items()}
-            for key, net in zip(keys, nets, strict=True)
+            key: {name: value.cpu() for name, value in state.items()} for key, state in zip(keys, states, strict=True)
         }
+        if isinstance(nets[0], WithCEA):
+            weights['network_g'] = self.opt['network_g']
         label = 'latest' if current_iter == -1 else current_iter
         self._save(weights, os.path.join(self.opt['path']['models'], f'{net_label}_{label}.pth'))
+
+    def _print_different_keys_loading(
+        self, crt_net: nn.Module, load_net: dict[str, Tensor], strict: bool = True
+    ) -> None:
+        """Log what a loose load leaves out; a strict one names it itself, and CEA layers alone are no mistake."""
+        if not strict:
+            super()._print_different_keys_loading(crt_net, load_net, strict)
+
+    def model_ema(self, decay: float = 0.999) -> None:
+        """As BaseModel's, but what does not train is copied: averaging equal numbers would let them drift."""
+        trained = dict(self.get_bare_model(self.net_g).named_parameters())
+        for name, average in self.net_g_ema.named_parameters():
+            if trained[name].requires_grad:
+                average.data.mul_(decay).add_(trained[name].data, alpha=1 - decay)
+            else:
+                average.data.copy_(trained[name].data)
 
     def save_training_state(self, epoch: int, current_iter: int) -> None:
         """Save what resuming needs, beside and renamed; after the weights, so that a state implies its weights."""
@@ -205,9 +228,7 @@ class CEAModel(SRModel):
 
     @master_only
     def _save(self, content: dict, path: str) -> None:
-        aside = f'{path}.{os.getpid()}.tmp'
-        torch.save(content, aside)
-        os.replace(aside, path)
+        write_checkpoint(content, path)
 
     def _log_means(
         self, name: str, means: dict[str, float], current_iter: int | None, tb_logger: SummaryWriter | None
