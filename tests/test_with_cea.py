@@ -9,10 +9,11 @@ import torch
 import yaml
 from basicsr.archs import build_network
 from basicsr.utils.registry import ARCH_REGISTRY
+from conftest import ROOT
 from test_inject import ARCHS, awaken, build, options_of, write_base
 from torch import nn
 
-from cea_arch.archs.with_cea_arch import WithCEA
+from cea_arch.archs.with_cea_arch import AUTO_TARGETS, WithCEA
 from cea_arch.checkpoints import merge, read_checkpoint
 from cea_arch.cli import main
 from cea_arch.errors import UserError
@@ -206,3 +207,15 @@ def test_what_cannot_be_merged_is_named(tmp_path):
     with pytest.raises(UserError, match=r'EDSR\.pth holds more than CEA layers: conv_first\.weight'):
         merge(write_base(tmp_path, 'SwinIR'), write_base(tmp_path, 'EDSR'), str(out))
     assert not list(tmp_path.glob('out*'))
+
+
+def test_the_readme_tells_the_presets_and_its_option_file_builds():
+    text = (ROOT / 'README.md').read_text('utf-8').partition('## CEA layers inside your own network')[2]
+    rows = [line.split('|')[1:3] for line in text.partition('\n## ')[0].splitlines() if line.startswith('| ')]
+    told = {
+        kind.strip(): targets.split('`')[1] for kinds, targets in rows if '`' in targets for kind in kinds.split(',')
+    }
+    assert told == {kind: ' '.join(targets) for kind, targets in AUTO_TARGETS.items()}
+    options = yaml.safe_load(text.partition('```yaml')[2].partition('```')[0])['network_g']
+    assert options.pop('pretrained_base')
+    assert build_network(options).freeze_base
