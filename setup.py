@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r"__version__ = '(.+)'", (HERE / 'cea_arch/__init__.py').read_text('utf-8'))[1]
+EXPORT = ['onnx', 'onnxscript', 'onnxruntime']
 
 setup(
     name='cea-arch',
@@ -29,7 +30,7 @@ setup(
         'packaging',
         'scikit-image',
     ],
-    extras_require={'dev': ['pytest', 'ruff']},
+    extras_require={'export': EXPORT, 'dev': ['pytest', 'ruff', *EXPORT]},
     entry_points={'console_scripts': ['cea = cea_arch.cli:main']},
     classifiers=[
         'License :: OSI Approved :: Apache Software License',

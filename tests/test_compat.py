@@ -99,17 +99,19 @@ def test_layers_and_networks_run_without_basicsr():
         + """
 import torch
 from cea_arch.archs.ceanet_arch import CEANet
+from cea_arch.archs.with_cea_arch import WithCEA
 from cea_arch.compat import ARCH_REGISTRY
 from cea_arch.layers import CEALayer
 assert CEANet(size='T')(torch.rand(1, 3, 9, 9)).shape == (1, 3, 9, 9)
 assert CEALayer(4)(torch.rand(1, 4, 2, 2)).shape == (1, 4, 2, 2)
 assert not any(name.startswith('basicsr') for name in sys.modules)
-try:
-    ARCH_REGISTRY.get('SwinIR')
-except ImportError as error:
-    assert 'basicsr is not installed: `pip install' in str(error)
-else:
-    raise AssertionError
+for look_up in (lambda: ARCH_REGISTRY.get('SwinIR'), lambda: WithCEA({'type': 'SwinIR'})):
+    try:
+        look_up()
+    except ImportError as error:
+        assert 'basicsr is not installed: `pip install' in str(error)
+    else:
+        raise AssertionError
 from cea_arch.cli import main
 sys.exit(main(['train', '-opt', 'options/cea_demo.yml']))
 """

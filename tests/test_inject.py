@@ -51,6 +51,16 @@ def build(kind):
     return lookup(ARCH_REGISTRY, kind, 'test')(**ARCHS[kind])
 
 
+def options_of(kind, **more):
+    return {'type': 'WithCEA', 'base': {'type': kind} | ARCHS[kind], 'rank': 4, 'width': 8} | more
+
+
+def write_base(folder, kind, content=lambda state: {'params': state}):
+    """Write an architecture's fresh weights; returns the path."""
+    torch.save(content(build(kind).state_dict()), folder / f'{kind}.pth')
+    return str(folder / f'{kind}.pth')
+
+
 def awaken(net, steps=3):
     """Train: gamma leaves zero at the first step, the value path at the second, what lies below it at the third."""
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-2)

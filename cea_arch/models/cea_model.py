@@ -185,7 +185,7 @@ class CEAModel(SRModel):
     def save_network(self, net: Any, net_label: str, current_iter: int, param_key: Any = 'params') -> None:
         """Save weights under BasicSR's name and keys, beside and renamed.
 
-        Of :class:`WithCEA` with a frozen base only the CEA layers, and ``network_g``, the options to rebuild it.
+        Of :class:`WithCEA` also ``network_g``, the options to rebuild it; with a frozen base, the CEA layers alone.
         """
         nets = [self.get_bare_model(net) for net in (net if isinstance(net, list) else [net])]
         keys = param_key if isinstance(param_key, list) else [param_key]
