@@ -150,12 +150,18 @@ def _own_log() -> Iterator[None]:
         return not record.getMessage().startswith('Multiple validation datasets')
 
     logger = logging.getLogger('basicsr')
+    _reset(logger)
     logger.addFilter(keep)
     try:
         yield
     finally:
         logger.removeFilter(keep)
-        for handler in list(logger.handlers):
-            logger.removeHandler(handler)
-            handler.close()
-        importlib.import_module('basicsr.utils.logger').initialized_logger.clear()
+        _reset(logger)
+
+
+def _reset(logger: logging.Logger) -> None:
+    """BasicSR sets its logger up once a process, even where something other than a run came first."""
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    importlib.import_module('basicsr.utils.logger').initialized_logger.clear()
