@@ -150,16 +150,17 @@ def _own_log() -> Iterator[None]:
         return not record.getMessage().startswith('Multiple validation datasets')
 
     logger = logging.getLogger('basicsr')
+    _reset(logger)
     logger.addFilter(keep)
-    _reset_log(logger)
     try:
         yield
     finally:
         logger.removeFilter(keep)
-        _reset_log(logger)
+        _reset(logger)
 
 
-def _reset_log(logger: logging.Logger) -> None:
+def _reset(logger: logging.Logger) -> None:
+    """BasicSR sets its logger up once a process, even where something other than a run came first."""
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()

@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from cea_arch.data.benchmarks import BENCHMARKS, CDD11_CLASSES
 from cea_arch.data.check import check_sets, in_order
 from cea_arch.data.image_store import ImageStore, decode, open_lmdb
 from cea_arch.data.pairing import pair_keys
+from cea_arch.data.read_speed import main as read_speed_main
 from cea_arch.data.recognise import scan
 from cea_arch.errors import UserError
 
@@ -548,3 +550,33 @@ def test_in_order_stays_a_few_items_ahead_and_passes_errors_on():
     assert list(results) == [number * number for number in range(3, 100)]
     with pytest.raises(UserError, match='cannot be decoded'):
         list(in_order(lambda data: decode(data, 'x'), [b''], workers=2))
+
+
+@pytest.mark.parametrize(('name', 'benchmark'), [('aio3', 'AIO-3'), ('aio5', 'AIO-5'), ('cdd11', 'CDD-11')])
+def test_recipes_read_what_the_scripts_write(name, benchmark):
+    recipe = (ROOT / f'options/cea_{name}.yml').read_text('utf-8')
+    read_there = set(re.findall(r'datasets/(\S+\.lmdb)', recipe))
+    written = {f'{one.store.replace("<role>", role)}.lmdb' for one in BENCHMARKS[benchmark] for role in one.roles}
+    assert read_there
+    assert read_there <= written
+
+
+@pytest.mark.parametrize('name', ['aio3', 'aio5', 'cdd11'])
+def test_scripts_run_from_anywhere(name, tmp_path):
+    script = ROOT / f'datasets_prep/prepare_{name}.py'
+    done = subprocess.run(
+        [sys.executable, str(script), '--raw', 'nowhere'], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "folder 'nowhere' does not exist" in done.stderr
+
+
+def test_read_benchmark(plant, tmp_path, capsys):
+    for number in range(3):
+        plant(f'photos/{number}.png')
+    options = ['--gt-size', '16', '--rounds', '1']
+    assert read_speed_main(['--images', str(tmp_path / 'raw/photos'), *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ['store', 'files', 'LMDB']
+    assert read_speed_main(['--images', 'nowhere']) == 2
+    assert "folder 'nowhere' does not exist" in capsys.readouterr().err

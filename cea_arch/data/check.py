@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from tqdm import tqdm
 
 from cea_arch.data.benchmarks import LEAKS_BY_ID, ImageSet
@@ -109,7 +110,7 @@ def _inspect(path: Path) -> Contents | None:
         img = decode(path.read_bytes(), str(path))
     except (UserError, OSError):
         return None
-    return Contents(img.shape[:2], hashlib.blake2b(img, digest_size=16).digest())
+    return Contents(img.shape[:2], hashlib.blake2b(np.ascontiguousarray(img), digest_size=16).digest())
 
 
 def _check_set(found: Found, contents: dict[Path, Contents | None]) -> Checked:

@@ -36,16 +36,16 @@ def open_lmdb(root: Path) -> lmdb.Environment:
     Raises:
         UserError: Its data file is cut short; reading it would kill the process.
     """
-    name = str(root.resolve())
-    if name not in _environments:
-        environment = lmdb.open(name, readonly=True, lock=False, readahead=False)
+    environment = _environments.get(str(root)) or _environments.get(str(root.resolve()))
+    if environment is None:
+        environment = lmdb.open(str(root.resolve()), readonly=True, lock=False, readahead=False)
         needed = (environment.info()['last_pgno'] + 1) * environment.stat()['psize']
         found = (root / 'data.mdb').stat().st_size
         if found < needed:
             environment.close()
             raise UserError(f'{root / "data.mdb"} is cut short: {found} of {needed} bytes.')
-        _environments[name] = environment
-    return _environments[name]
+        _environments[str(root.resolve())] = environment
+    return environment
 
 
 def close_lmdb(root: Path) -> None:
@@ -58,13 +58,16 @@ def close_lmdb(root: Path) -> None:
 def decode(data: bytes, where: str) -> np.ndarray:
     """Decode an image file to RGB ``(H, W, 3)``, uint8, or uint16 where the file has 16 bits. EXIF rotation is applied.
 
+    The result is a view of OpenCV's BGR image: turning the channels of a whole image would cost more than all that a
+    training patch needs besides decoding.
+
     Raises:
         UserError: The bytes are not an image, or a truncated one; names ``where`` they came from.
     """
     img = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH) if data else None
     if img is None or not _is_whole(data):
         raise UserError(f'{where} cannot be decoded: it is not an image or is damaged ({len(data)} bytes).')
-    return cv2.cvtColor(img, cv2.COLOR_BGR2RGB)
+    return img[..., ::-1]
 
 
 def image_size(file: Path | bytes, where: str) -> tuple[int, int]:
@@ -130,6 +133,7 @@ class ImageStore:
             raise UserError(f'{label}: folder {str(root)!r} does not exist (looked for {self.root.absolute()}).')
         if (self.backend == 'lmdb') != named_lmdb:
             raise UserError(f'{label}: io_backend is {self.backend}, but the folder is {self.root.name!r}.')
+        self._resolved = self.root.resolve()  # once: it would cost a tenth of a patch each time
         self._files: dict[str, str] = {}
         self.sizes = self._scan_lmdb() if self.backend == 'lmdb' else self._scan_folder()
         if not self.sizes:
@@ -143,7 +147,7 @@ class ImageStore:
         """The image's file as it is stored."""
         if self.backend == 'disk':
             return Path(self.root, self._files[key]).read_bytes()
-        with open_lmdb(self.root).begin() as transaction:
+        with open_lmdb(self._resolved).begin() as transaction:
             data = transaction.get(key.encode())
         if data is None:
             raise UserError(f'{self.label}: {key!r} is listed in meta_info.txt but absent from {self.root}.')
@@ -151,7 +155,7 @@ class ImageStore:
 
     def path(self, key: str) -> str:
         """Where the image of ``key`` lies, for messages and results."""
-        return str(self.root / self._files.get(key, key))
+        return f'{self.root}{os.sep}{self._files.get(key, key)}'
 
     def _scan_lmdb(self) -> dict[str, tuple[int, int]]:
         for name in ('data.mdb', 'meta_info.txt'):
