@@ -14,9 +14,6 @@ from cea_arch.compat import HAS_BASICSR  # noqa: E402  before any test imports b
 if not HAS_BASICSR:  # Python 3.13 and later: layers and networks alone
     without = ('test_cea', 'test_ceanet', 'test_compat')
     collect_ignore = [path.name for path in Path(__file__).parent.glob('test_*.py') if path.stem not in without]
-        f'test_{name}.py'
-        for name in ('data', 'degradations', 'lmdb', 'metrics', 'options', 'prepare', 'prepare_writing')
-    ]
 
 torch.set_num_threads(2)
 
