@@ -85,10 +85,19 @@ def merge(base: str, cea: str, out: str) -> int:
 
 
 def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Save beside and rename, so that ``path`` is whole at all times."""
-    aside = f'{path}.{os.getpid()}.tmp'
-    torch.save(content, aside)
-    os.replace(aside, path)
+    """Save beside and rename, so that ``path`` is whole at all times.
+
+    Raises:
+        UserError: It cannot be written, as when the disk is full; what was at ``path`` is still there.
+    """
+    aside = Path(f'{path}.{os.getpid()}.tmp')
+    try:
+        torch.save(content, aside)
+        aside.replace(path)
+    except (OSError, RuntimeError) as error:  # torch raises the latter where the disk is full
+        raise UserError(f'{path} could not be written: {error}') from error
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _merged(base: dict[str, Tensor], cea: dict[str, Tensor], base_path: str, cea_path: str) -> dict[str, Tensor]:

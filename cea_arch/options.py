@@ -24,6 +24,7 @@ from cea_arch.data.all_in_one_dataset import DATASET_KEYS, positive_int
 from cea_arch.errors import UserError, check_keys, lookup, suggest
 from cea_arch.metrics.protocols import find_protocol
 from cea_arch.models.cea_model import optimizer_class
+from cea_arch.models.training_step import AMP
 
 LOADER_KEYS = {
     'batch_size_per_gpu',
@@ -53,6 +54,9 @@ KNOWN_KEYS = {
     | {'logger', 'dist_params', 'find_unused_parameters', 'auto_resume', 'is_train', 'dist', 'rank', 'world_size'},
     'train': {
         'accumulate',
+        'amp',
+        'grad_clip',
+        'max_skipped',
         'ema_decay',
         'optim_g',
         'scheduler',
@@ -63,12 +67,13 @@ KNOWN_KEYS = {
         'perceptual_opt',
     },
     'val': {'val_freq', 'save_img', 'suffix', 'protocol', 'metrics', 'pbar'},
-    'logger': {'print_freq', 'save_checkpoint_freq', 'use_tb_logger', 'wandb'},
+    'logger': {'print_freq', 'save_checkpoint_freq', 'keep_last', 'use_tb_logger', 'wandb'},
     'path': {'pretrain_network_g', 'param_key_g', 'strict_load_g', 'resume_state', 'experiments_root', 'models', 'log'}
     | {'training_states', 'visualization', 'results_root'},
 }
 DEFAULTS = {
     'num_gpu': 'auto',
+    'manual_seed': 0,
     'path': {},
     'logger': {'print_freq': 100, 'save_checkpoint_freq': 5000, 'use_tb_logger': True},
     'val': {'val_freq': 5000, 'save_img': False},
@@ -230,6 +235,18 @@ def _check_training(opt: dict[str, Any]) -> None:
             raise UserError(f'train.{key} is missing.')
     if 'train' not in opt['datasets']:
         raise UserError('datasets.train is missing.')
+    train['amp'] = train.get('amp') or 'off'  # YAML takes off for false
+    if train['amp'] not in AMP:
+        raise UserError(f'train.amp must be one of {", ".join(AMP)}, got {train["amp"]!r}.')
+    for label, value in (
+        ('train.max_skipped', train.get('max_skipped')),
+        ('logger.keep_last', opt['logger'].get('keep_last')),
+    ):
+        if value is not None:
+            positive_int(value, label)
+    clip = train.get('grad_clip')
+    if clip is not None and (not isinstance(clip, (int, float)) or clip <= 0):
+        raise UserError(f'train.grad_clip must be a number above 0, got {clip!r}.')
     total = int(train['total_iter'])
     if not isinstance(train['optim_g'].get('lr'), (int, float)):
         raise UserError(f'train.optim_g.lr must be a number, got {train["optim_g"].get("lr")!r}.')

@@ -10,21 +10,26 @@ import logging
 import math
 import pickle
 import platform
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
+from threading import current_thread, main_thread
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import basicsr
 import torch
 from basicsr.utils import check_resume, set_random_seed
+from torch.utils.data import Dataset
 
 import cea_arch
+from cea_arch.data.replay import ReplayDataset, ReplaySampler, start_worker
 from cea_arch.errors import UserError
+from cea_arch.models.cea_model import CEAModel
 from cea_arch.options import check_options, read_options
 
 _ABSENT = object()
@@ -45,18 +50,22 @@ def run(args: Namespace) -> None:
         (sys, 'argv', _arguments(args)),
     ]
     if args.command == 'train':
-        changes.append((module, 'load_resume_state', load_resume_state))
-        changes.append((module, 'create_train_val_dataloader', _exact(module.create_train_val_dataloader)))
+        resumed = {}
+        changes += [
+            (module, 'load_resume_state', lambda opt: resumed.setdefault('state', load_resume_state(opt))),
+            (module, 'EnlargedSampler', ReplaySampler),
+            (module, 'create_train_val_dataloader', _exact(module, resumed)),
+        ]
     _keep_freed_memory()
-    with _replaced(changes), _own_log():
+    stops = args.command == 'train' and opt['model_type'] == 'CEAModel' and current_thread() is main_thread()
+    with _replaced(changes), _own_log(), _stopping_on_signals() if stops else nullcontext():
         getattr(module, f'{args.command}_pipeline')(str(Path(args.root).absolute()))
 
 
 def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
     """The state to go on from: ``path.resume_state``, or with ``--auto_resume`` the newest one that is whole.
 
-    Works without CUDA and from any folder. Draws go on from a seed of their own, so that the first epoch's crops do not
-    come again.
+    Works without CUDA and from any folder.
 
     Raises:
         UserError: The state that was asked for, or every one that exists, cannot be read.
@@ -76,7 +85,6 @@ def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
             continue
         opt['path']['resume_state'] = str(path)
         check_resume(opt, state['iter'])
-        set_random_seed(opt['manual_seed'] + opt['rank'] + state['iter'])
         return state
     if states:
         raise UserError(f'none of the {len(states)} training states can be read; the newest is {states[0]}.')
@@ -93,22 +101,61 @@ def _arguments(args: Namespace) -> list[str]:
 def _checked(parse_options: Callable) -> Callable:
     def parse(root_path: str, is_train: bool = True) -> tuple[dict[str, Any], Namespace]:
         opt, args = parse_options(root_path, is_train)
+        set_random_seed(opt['manual_seed'] + opt['rank'])  # BasicSR seeds before --force_yml has its say
         check_options(opt)
         return opt, args
 
     return parse
 
 
-def _exact(create_train_val_dataloader: Callable) -> Callable:
-    """BasicSR counts iterations of an epoch rounded up, but its loader drops the last batch: training ended early."""
+def _exact(module: ModuleType, resumed: dict[str, dict[str, Any] | None]) -> Callable:
+    """Loaders for a training that can be resumed exactly.
+
+    BasicSR counts iterations of an epoch rounded up, but its loader drops the last batch: training ended early.
+    """
+    create_train_val_dataloader, build_dataset = module.create_train_val_dataloader, module.build_dataset
 
     def create(opt: dict[str, Any], logger: logging.Logger) -> tuple:
-        train_loader, sampler, val_loaders, _, total_iter = create_train_val_dataloader(opt, logger)
-        if hasattr(train_loader.dataset, 'describe'):
-            logger.info('Sources of the training set:\n%s', train_loader.dataset.describe())
-        return train_loader, sampler, val_loaders, math.ceil(total_iter / len(train_loader)), total_iter
+        def build(options: dict[str, Any]) -> Dataset:
+            dataset = build_dataset(options)
+            return ReplayDataset(dataset, opt['manual_seed']) if options['phase'] == 'train' else dataset
+
+        with _replaced([(module, 'build_dataset', build)]):
+            loader, sampler, val_loaders, _, total_iter = create_train_val_dataloader(opt, logger)
+        loader.worker_init_fn = start_worker
+        if hasattr(loader.dataset.dataset, 'describe'):
+            logger.info('Sources of the training set:\n%s', loader.dataset.dataset.describe())
+        opt['train']['iters_per_epoch'] = len(loader)
+        state = resumed.get('state')
+        if state:
+            state['epoch'], done = divmod(state['iter'], len(loader))
+            sampler.start_at(state['epoch'], done * loader.batch_size)
+        return loader, sampler, val_loaders, math.ceil(total_iter / len(loader)), total_iter
 
     return create
+
+
+@contextmanager
+def _stopping_on_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM have :class:`CEAModel` save and end after the current step; a second one ends it at once."""
+
+    def ask(number: int, frame: object) -> None:
+        if CEAModel.stop_asked:
+            raise KeyboardInterrupt
+        CEAModel.stop_asked = signal.Signals(number).name
+
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except RuntimeError as error:
+        # a worker that the signal met before it could leave it to us
+        if CEAModel.stop_asked and 'DataLoader worker' in str(error):
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        CEAModel.stop_asked = None
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def _environment() -> str:

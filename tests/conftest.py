@@ -16,6 +16,7 @@ if not HAS_BASICSR:  # Python 3.13 and later: layers and networks alone
     collect_ignore = [path.name for path in Path(__file__).parent.glob('test_*.py') if path.stem not in without]
 
 torch.set_num_threads(2)
+NET = {'type': 'CEANet', 'size': 'T', 'dim': 8, 'num_blocks': [1, 1, 1, 1], 'heads': [1, 1, 2, 4]}
 
 
 @pytest.fixture(autouse=True)
@@ -97,3 +98,51 @@ def small_benchmarks(monkeypatch):
         monkeypatch.setitem(BENCHMARKS, benchmark, sets)
 
     return shrink
+
+
+@pytest.fixture
+def workplace(tmp_path, photograph, monkeypatch):
+    """A folder with an LMDB of eight small pictures, which is the current one; returns it and the options of a run."""
+    from cea_arch.data.lmdb_writer import write_lmdb
+
+    crops = {f'{i}': photograph[i * 20 : i * 20 + 40, i * 30 : i * 30 + 45, ::-1] for i in range(8)}
+    write_lmdb(((key, cv2.imencode('.png', img)[1].tobytes()) for key, img in crops.items()), tmp_path / 'x.lmdb')
+    noise = {'degradation': 'gaussian_noise', 'sigmas': 25, 'dataroot_gt': 'x.lmdb'}
+    dataset = {'type': 'AllInOneDataset', 'benchmark': 'ours'}
+    val = [
+        dataset | {'name': name, 'sources': {'all': noise | {'sigmas': sigma}}}
+        for name, sigma in (('s25', 25), ('s50', 50))
+    ]
+    train = {'name': 'train', 'type': 'AllInOneDataset', 'sources': {'noise': noise}, 'gt_size': 16}
+    opt = {
+        'name': 'run',
+        'model_type': 'CEAModel',
+        'num_gpu': 0,
+        'manual_seed': 0,
+        'datasets': {
+            'train': train | {'num_worker_per_gpu': 0, 'batch_size_per_gpu': 3},
+            'val_1': val[0],
+            'val_2': val[1],
+        },
+        'network_g': NET,
+        'path': {},
+        'train': {
+            'optim_g': {'type': 'AdamW', 'lr': '1e-3'},
+            'scheduler': {'type': 'CosineAnnealingRestartLR', 'periods': [100], 'restart_weights': [1], 'eta_min': 0},
+            'total_iter': 7,
+            'ema_decay': 0.9,
+            'pixel_opt': {'type': 'L1Loss'},
+            'fft_opt': {'type': 'FFTLoss', 'loss_weight': 0.01},
+        },
+        'val': {
+            'val_freq': 4,
+            'save_img': True,
+            'metrics': {
+                'psnr': {'type': 'calculate_psnr_float'},
+                'psnr8': {'type': 'calculate_psnr', 'crop_border': 0},
+            },
+        },
+        'logger': {'print_freq': 1, 'save_checkpoint_freq': 2, 'use_tb_logger': True},
+    }
+    monkeypatch.chdir(tmp_path)
+    return tmp_path, opt

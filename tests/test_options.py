@@ -125,6 +125,7 @@ def test_a_protocol_sets_metrics_and_crop(lmdb, protocol):
 @pytest.fixture
 def demo(lmdb):
     opt = prepared(ROOT / 'options/cea_demo.yml', lmdb, is_train=True)
+    opt['val'] = {'val_freq': 100, 'save_img': False, 'metrics': {'psnr': {'type': 'calculate_psnr_float'}}}
     return {
         key: opt[key]
         for key in ('name', 'model_type', 'num_gpu', 'datasets', 'network_g', 'path', 'train', 'val', 'logger')
@@ -169,6 +170,10 @@ MISTAKES = [
     ('train.scheduler.type', 'Cosine', "train.scheduler.type 'Cosine' is not known."),
     ('train.scheduler.periods', [5], 'train.scheduler.periods [5] end before total_iter'),
     ('train.total_iter', None, 'train.total_iter is missing'),
+    ('train.amp', 'fp8', "train.amp must be one of off, bf16, fp16, got 'fp8'"),
+    ('train.grad_clip', 0, 'train.grad_clip must be a number above 0, got 0'),
+    ('train.max_skipped', 0, 'train.max_skipped must be a whole number of at least 1, got 0'),
+    ('logger.keep_last', 'all', "logger.keep_last must be a whole number of at least 1, got 'all'"),
     ('train.accumulate', 9, 'train.accumulate: a batch of 4 on each device cannot be computed in 9 parts'),
     ('train.accumulate', 0, 'train.accumulate must be a whole number of at least 1, got 0'),
     (

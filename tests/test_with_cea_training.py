@@ -68,7 +68,7 @@ def test_a_frozen_run_saves_resumes_and_is_tested_by_its_layers_alone(run_option
     assert start(run_options, '--auto_resume') == 0
     log = '\n'.join(file.read_text() for file in run.glob('train_*.log'))
     assert f'{sum(p.numel() for p in build("MSRResNet").parameters()):,} parameters are frozen' in log
-    assert 'Resuming training from epoch: 0, iter: 2' in log
+    assert 'Resuming training from epoch: 1, iter: 2' in log
     assert 'Current net - loaded net' not in log
     weights = {'pretrain_network_g': str(run / 'models/net_g_latest.pth'), 'param_key_g': 'params_ema'}
     test = {key: run_options[key] for key in ('name', 'model_type', 'num_gpu', 'network_g', 'val')}

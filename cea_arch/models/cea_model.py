@@ -1,8 +1,8 @@
 """CEAModel: BasicSR's SRModel for restoration, with float validation, named loss terms and atomic checkpoints."""
 
+import json
 import os
-from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,17 +13,18 @@ from basicsr.utils import get_root_logger
 from basicsr.utils.dist_util import master_only
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from cea_arch.archs.with_cea_arch import WithCEA
 from cea_arch.checkpoints import write_checkpoint
+from cea_arch.data.replay import seed_all
 from cea_arch.errors import UserError, suggest
 from cea_arch.metrics.protocols import PROTOCOLS, score
 from cea_arch.metrics.psnr_ssim_metric import uint8_bgr
-from cea_arch.models.report import PANELS, Report, SetResult, compare, write_picture
+from cea_arch.models.report import PANELS, Report, SetResult, compare, write_beside, write_picture
+from cea_arch.models.training_step import TrainingStep
 
 OPTIMIZERS = ('Adam', 'AdamW', 'NAdam', 'RAdam', 'SGD', 'RMSprop')
 
@@ -32,12 +33,17 @@ OPTIMIZERS = ('Adam', 'AdamW', 'NAdam', 'RAdam', 'SGD', 'RMSprop')
 class CEAModel(SRModel):
     """Train and validate a restoration network.
 
-    Beside SRModel's options it reads ``train.fft_opt`` (a loss, such as ``FFTLoss``), ``train.accumulate`` (in how many
-    parts, one after the other, a batch is computed: memory for time, with the same result), any of torch's usual
-    optimizers, ``device: mps``, ``val.protocol`` (one of ``PROTOCOLS``), and from each validation set ``benchmark`` and
-    ``group``: sets of one benchmark, and of one group, get a common mean. Validation scores the degraded input beside
-    the result, and writes the files of :class:`Report`.
+    Beside SRModel's options it reads ``train.fft_opt`` (a loss, such as ``FFTLoss``), those of :class:`TrainingStep`,
+    any of torch's usual optimizers, ``device: mps``, ``val.protocol`` (one of ``PROTOCOLS``), ``logger.keep_last`` (how
+    many checkpoints stay, all by default), and from each validation set ``benchmark`` and ``group``: sets of one
+    benchmark, and of one group, get a common mean. Validation scores the degraded input beside the result, and writes
+    the files of :class:`Report`; the weights with the best mean of the first metric are kept as ``net_g_best.pth``.
+
+    Attributes:
+        stop_asked: Set from outside, by a signal's name, it has training save and end after the current step.
     """
+
+    stop_asked: str | None = None
 
     def __init__(self, opt: dict[str, Any]) -> None:
         val = opt.get('val') or {}
@@ -57,7 +63,7 @@ class CEAModel(SRModel):
         """As SRModel's, and the frequency loss."""
         fft_opt = self.opt['train'].get('fft_opt')
         self.cri_fft = build_loss(fft_opt).to(self.device) if fft_opt else None
-        self.accumulate = self.opt['train'].get('accumulate', 1)
+        self.step = TrainingStep(self.opt['train'], self.device)
         super().init_training_settings()
         get_root_logger().info(self.describe_training())
 
@@ -65,7 +71,7 @@ class CEAModel(SRModel):
         """What decides whether two runs can be compared: batch, loss terms with their weights, protocol of scoring."""
         devices = self.opt['world_size'] if self.opt['dist'] else max(self.opt['num_gpu'], 1)
         per_device = self.opt['datasets']['train']['batch_size_per_gpu']
-        parts = f', each computed in {self.accumulate} parts' if self.accumulate > 1 else ''
+        parts = f', each computed in {self.step.accumulate} parts' if self.step.accumulate > 1 else ''
         lines = [f'Effective batch: {per_device * devices} ({devices} x {per_device}{parts})']
         for name, loss in (('l_pix', self.cri_pix), ('l_fft', self.cri_fft), ('l_percep', self.cri_perceptual)):
             if loss:
@@ -102,23 +108,23 @@ class CEAModel(SRModel):
         """Take a batch: ``lq`` and, where there is one, ``gt``, RGB ``(B, 3, H, W)`` in [0, 1]."""
         self.lq = data['lq'].to(self.device, non_blocking=True)
         self.gt = data['gt'].to(self.device, non_blocking=True) if 'gt' in data else None
+        self.files = list(data.get('lq_path', ()))
 
     def optimize_parameters(self, current_iter: int) -> None:
-        """One step on one batch, computed in ``train.accumulate`` parts; each loss term is logged by its name."""
-        self.optimizer_g.zero_grad()
-        parts = list(zip(self.lq.chunk(self.accumulate), self.gt.chunk(self.accumulate), strict=True))
-        logged = Counter()
-        for number, (lq, gt) in enumerate(parts, 1):
-            share = len(lq) / len(self.lq)
-            with nullcontext() if number == len(parts) else _no_sync(self.net_g):
-                self.output = self.net_g(lq)
-                losses = self.losses(self.output, gt)
-                (share * sum(losses.values())).backward()
-            logged.update({name: share * value.detach() for name, value in losses.items()})
-        self.optimizer_g.step()
-        self.log_dict = self.reduce_loss_dict(logged)
-        if self.ema_decay > 0:
+        """One step on one batch; what the network draws follows from the seed, the process and the iteration."""
+        seed_all(self.opt['manual_seed'], self.opt['rank'], current_iter)
+        losses, stepped = self.step.run(self.net_g, self.optimizer_g, (self.lq, self.gt), self.losses)
+        self.log_dict = self.reduce_loss_dict(losses)
+        if not stepped:
+            self.step.complain(losses, current_iter, self.files)
+        elif self.ema_decay > 0:
             self.model_ema(decay=self.ema_decay)
+        if self.stop_asked or self.step.skipped >= self.step.max_skipped:
+            self.save((current_iter - 1) // self.opt['train']['iters_per_epoch'], current_iter)
+        if self.stop_asked:
+            get_root_logger().info(f'Stopped by {self.stop_asked} after iteration {current_iter}; saved.')
+            raise KeyboardInterrupt
+        self.step.check(self.files)
 
     def losses(self, output: Tensor, gt: Tensor) -> dict[str, Tensor]:
         """The active loss terms, weighted."""
@@ -166,6 +172,21 @@ class CEAModel(SRModel):
         self.report.add(name, current_iter, result)
         if len(self.report.sets) == sum(phase != 'train' for phase in self.opt['datasets']):
             get_root_logger().info(f'{self.report.markdown()}\nWritten to {self.report.folder}.')
+            if self.is_train:
+                self._keep_best(current_iter)
+
+    def _keep_best(self, current_iter: int) -> None:
+        """Save the weights if the mean of the first metric over all sets is the best yet."""
+        metric = next(iter(self.metrics), None)
+        means = [result.means().get(metric) for result in self.report.sets.values()]
+        if None in means:
+            return
+        mean, lower = float(np.mean(means)), self.metrics[metric].get('better') == 'lower'
+        file = Path(self.opt['path']['models'], 'best.json')
+        best = json.loads(file.read_text()) if file.is_file() else None
+        if best is None or (mean < best['mean'] if lower else mean > best['mean']):
+            self.save_weights('best')
+            write_beside(file, json.dumps({'iteration': current_iter, 'metric': metric, 'mean': mean}).encode())
 
     def current_images(self) -> dict[str, np.ndarray]:
         """The latest degraded, restored and, if any, clean image: RGB float32 ``(H, W, 3)``, clipped to [0, 1]."""
@@ -182,10 +203,10 @@ class CEAModel(SRModel):
         folder = self.report.folder / 'visualization' / set_name
         write_picture(folder / f'{image_name}_{suffix}.png', uint8_bgr(img))
 
-    def save_network(self, net: Any, net_label: str, current_iter: int, param_key: Any = 'params') -> None:
-        """Save weights under BasicSR's name and keys, beside and renamed.
+    def save_network(self, net: Any, net_label: str, current_iter: int | str, param_key: Any = 'params') -> None:
+        """Save weights under BasicSR's name and keys and ``network_g``, the options to rebuild it, beside and renamed.
 
-        Of :class:`WithCEA` also ``network_g``, the options to rebuild it; with a frozen base, the CEA layers alone.
+        Of :class:`WithCEA` with a frozen base, the CEA layers alone.
         """
         nets = [self.get_bare_model(net) for net in (net if isinstance(net, list) else [net])]
         keys = param_key if isinstance(param_key, list) else [param_key]
@@ -193,8 +214,7 @@ class CEAModel(SRModel):
         weights = {
             key: {name: value.cpu() for name, value in state.items()} for key, state in zip(keys, states, strict=True)
         }
-        if isinstance(nets[0], WithCEA):
-            weights['network_g'] = self.opt['network_g']
+        weights['network_g'] = self.opt['network_g']
         label = 'latest' if current_iter == -1 else current_iter
         self._save(weights, os.path.join(self.opt['path']['models'], f'{net_label}_{label}.pth'))
 
@@ -206,16 +226,30 @@ class CEAModel(SRModel):
             super()._print_different_keys_loading(crt_net, load_net, strict)
 
     def model_ema(self, decay: float = 0.999) -> None:
-        """As BaseModel's, but what does not train is copied: averaging equal numbers would let them drift."""
+        """As BaseModel's, but what does not train is copied, buffers too: averaging equal numbers would drift."""
         trained = dict(self.get_bare_model(self.net_g).named_parameters())
         for name, average in self.net_g_ema.named_parameters():
             if trained[name].requires_grad:
                 average.data.mul_(decay).add_(trained[name].data, alpha=1 - decay)
             else:
                 average.data.copy_(trained[name].data)
+        for average, buffer in zip(self.net_g_ema.buffers(), self.get_bare_model(self.net_g).buffers(), strict=True):
+            average.copy_(buffer)
+
+    def save(self, epoch: int, current_iter: int) -> None:
+        """Save weights, then what resuming needs, so that a state implies its weights; drop what ``keep_last`` says."""
+        self.save_weights(current_iter)
+        self.save_training_state(epoch, current_iter)
+        if 'keep_last' in self.opt['logger'] and current_iter != -1:
+            self._drop_old(self.opt['logger']['keep_last'])
+
+    def save_weights(self, current_iter: int | str) -> None:
+        """Save the network and, if there is one, its average."""
+        averages = [self.net_g_ema] if hasattr(self, 'net_g_ema') else []
+        self.save_network([self.net_g, *averages], 'net_g', current_iter, ['params', 'params_ema'][: 1 + len(averages)])
 
     def save_training_state(self, epoch: int, current_iter: int) -> None:
-        """Save what resuming needs, beside and renamed; after the weights, so that a state implies its weights."""
+        """Save what resuming needs besides weights, beside and renamed."""
         if current_iter == -1:
             return
         state = {
@@ -223,8 +257,25 @@ class CEAModel(SRModel):
             'iter': current_iter,
             'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
             'schedulers': [scheduler.state_dict() for scheduler in self.schedulers],
+            'scaler': self.step.scaler.state_dict(),
+            'best_metric_results': getattr(self, 'best_metric_results', {}),
         }
         self._save(state, os.path.join(self.opt['path']['training_states'], f'{current_iter}.state'))
+
+    def resume_training(self, resume_state: dict[str, Any]) -> None:
+        """Take up optimizers, schedulers, loss scaling and the best scores."""
+        super().resume_training(resume_state)
+        self.step.scaler.load_state_dict(resume_state.get('scaler', {}))
+        if resume_state.get('best_metric_results'):
+            self.best_metric_results = resume_state['best_metric_results']
+
+    @master_only
+    def _drop_old(self, keep: int) -> None:
+        states = Path(self.opt['path']['training_states']).glob('*.state')
+        states = sorted((path for path in states if path.stem.isdigit()), key=lambda path: int(path.stem))
+        for path in states[:-keep]:
+            path.unlink()
+            Path(self.opt['path']['models'], f'net_g_{path.stem}.pth').unlink(missing_ok=True)
 
     @master_only
     def _save(self, content: dict, path: str) -> None:
@@ -246,8 +297,3 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     if name not in OPTIMIZERS:
         raise UserError(f'train.optim_g.type {name!r} is not known.{suggest(name, OPTIMIZERS)}')
     return getattr(torch.optim, name)
-
-
-def _no_sync(net: nn.Module) -> AbstractContextManager:
-    """Keep DDP from averaging gradients that are not complete yet."""
-    return net.no_sync() if isinstance(net, DistributedDataParallel) else nullcontext()

@@ -1,0 +1,67 @@
+"""Training data that come again exactly: every draw depends on the sample's place in the training alone.
+
+So a run that was interrupted goes on as if it had not been, whatever the number of workers, and no state of any random
+generator has to be stored.
+"""
+
+import random
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from basicsr.data.data_sampler import EnlargedSampler
+from torch.utils.data import Dataset
+
+
+class ReplayDataset(Dataset):
+    """A dataset whose random draws follow from ``seed`` and the place that :class:`ReplaySampler` gives with an index.
+
+    Args:
+        dataset: Any dataset that draws from Python's, NumPy's or torch's global generator.
+        seed: Of the run.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: tuple[int, int]) -> Any:
+        index, place = item
+        seed_all(self.seed, place)
+        return self.dataset[index]
+
+
+class ReplaySampler(EnlargedSampler):
+    """BasicSR's sampler, whose first epoch may begin in its middle; yields ``(index, place in the training)``."""
+
+    start_epoch = 0
+    passed = 0
+
+    def start_at(self, epoch: int, passed: int) -> None:
+        """Begin ``epoch`` after ``passed`` samples of this process."""
+        self.start_epoch, self.passed = epoch, passed
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        passed = self.passed if self.epoch == self.start_epoch else 0
+        for position, index in enumerate(super().__iter__()):
+            if position >= passed:
+                yield index, self.epoch * self.total_size + position * self.num_replicas + self.rank
+
+
+def start_worker(worker_id: int) -> None:
+    """Leave signals to the main process, which saves and ends, and its workers with it: they are sent to all."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def seed_all(*key: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators by a key of whole numbers."""
+    seeds = np.random.SeedSequence(key).generate_state(3)
+    random.seed(int(seeds[0]))
+    np.random.seed(seeds[1])
+    torch.manual_seed(int(seeds[2]))
