@@ -27,9 +27,11 @@ setup(
         'future',
         'numpy',
         'packaging',
+        'pillow',
         'scikit-image',
+        'tqdm',
     ],
-    extras_require={'dev': ['pytest', 'ruff']},
+    extras_require={'dev': ['pytest', 'ruff', 'safetensors'], 'safetensors': ['safetensors']},
     entry_points={'console_scripts': ['cea = cea_arch.cli:main']},
     classifiers=[
         'License :: OSI Approved :: Apache Software License',

@@ -77,8 +77,22 @@ def assemble(tokens: Tensor, bases: Tensor, directions: Tensor, routing: str = '
     Returns:
         The residual ``(B, N, C)``, in the memory order of ``tokens``.
     """
-    affinity = multiply(tokens, bases.mT) * tokens.shape[-1] ** -0.5  # (B, N, r)
-    return multiply(ROUTINGS[routing](affinity), directions)
+    return multiply(affinities(tokens, bases, routing), directions)
+
+
+def affinities(tokens: Tensor, bases: Tensor, routing: str = 'signed') -> Tensor:
+    """How much of each component every token takes, ``(B, N, r)``; arguments as for :func:`assemble`."""
+    return ROUTINGS[routing](multiply(tokens, bases.mT) * tokens.shape[-1] ** -0.5)
+
+
+def merge_means(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Merge weighted means of two sets of tokens, each a mean and the logarithm of its weight, into that of both.
+
+    Exact: a softmax over tokens is a sum of exponentials, so the weights of its parts are their log-sum-exps.
+    """
+    log_weight = torch.logaddexp(one[1], other[1])
+    shares = [(part[1] - log_weight).exp() for part in (one, other)]
+    return one[0] * shares[0] + other[0] * shares[1], log_weight
 
 
 class ChannelNorm(nn.Module):
@@ -157,12 +171,29 @@ class CrossAttentionHyperAdapter(nn.Module):
 
     def read(self, tokens: Tensor) -> Tensor:
         """Attention-weighted sums of tokens ``(B, N, C)``, one a head and probe: ``(B, h, r, C)``."""
-        with torch.autocast(tokens.device.type, enabled=False):
-            queries = self.folded_queries().to(tokens.dtype).expand(len(tokens), -1, -1)
-        logits = queries @ tokens.mT  # (B, h*r, N)
-        logits = logits.float() if logits.dtype.itemsize < 4 else logits
-        sums = logits.softmax(-1).to(tokens.dtype) @ tokens
-        return sums.unflatten(1, (self.num_heads, -1))
+        return self._sums(tokens, self._logits(tokens))
+
+    def statistics(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`read` gives, and the logarithm of its weight, for :func:`merge_means` over parts of an image.
+
+        Args:
+            tokens: Normalised tokens ``(B, N, C)`` of a part of an image.
+
+        Returns:
+            The sums ``(B, h, r, C)`` and the log-sum-exp of their logits ``(B, h, r, 1)``, in float32 or wider.
+        """
+        logits = self._logits(tokens)
+        sums = self._sums(tokens, logits)
+        wide = sums.float() if sums.dtype.itemsize < 4 else sums
+        return wide, logits.logsumexp(-1, keepdim=True).unflatten(1, (self.num_heads, -1))
+
+    def components(self, sums: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """From what :meth:`read` gives, ``(B, h, r, C)``, to components ``(A, D)``, each ``(B, r, C)`` in ``dtype``."""
+        with torch.autocast(sums.device.type, enabled=False):
+            values = self.to_v.weight.view(self.num_heads, -1, sums.shape[-1])  # (h, d/h, C)
+            heads = sums.to(values.dtype) @ values.mT  # (B, h, r, d/h)
+            attended = self.to_out(heads.transpose(1, 2).flatten(2))  # (B, r, d)
+            return self.write(self.probes + attended, dtype)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Write the components of each image.
@@ -173,12 +204,16 @@ class CrossAttentionHyperAdapter(nn.Module):
         Returns:
             Routing bases A and residual directions D, each ``(B, r, C)``.
         """
-        sums = self.read(tokens)
+        return self.components(self.read(tokens), tokens.dtype)
+
+    def _logits(self, tokens: Tensor) -> Tensor:
         with torch.autocast(tokens.device.type, enabled=False):
-            values = self.to_v.weight.view(self.num_heads, -1, sums.shape[-1])  # (h, d/h, C)
-            heads = sums.to(values.dtype) @ values.mT  # (B, h, r, d/h)
-            attended = self.to_out(heads.transpose(1, 2).flatten(2))  # (B, r, d)
-            return self.write(self.probes + attended, tokens.dtype)
+            queries = self.folded_queries().to(tokens.dtype).expand(len(tokens), -1, -1)
+        logits = queries @ tokens.mT  # (B, h*r, N)
+        return logits.float() if logits.dtype.itemsize < 4 else logits
+
+    def _sums(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        return (logits.softmax(-1).to(tokens.dtype) @ tokens).unflatten(1, (self.num_heads, -1))
 
 
 class ComponentWriter(nn.Module):
@@ -215,12 +250,20 @@ class PooledHyperAdapter(nn.Module):
         self.write = ComponentWriter(dim, rank, width)
         nn.init.zeros_(self.describe[-1].weight)
 
+    def statistics(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean token ``(B, C)`` and the logarithm of the number of tokens, ``(B, 1)``, for :func:`merge_means`."""
+        mean = tokens.mean(1, dtype=torch.float32 if tokens.dtype.itemsize < 4 else tokens.dtype)
+        return mean, mean.new_full((len(mean), 1), math.log(tokens.shape[1]))
+
+    def components(self, mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """From the mean token ``(B, C)``, the components ``(A, D)``, each ``(B, r, C)`` in ``dtype``."""
+        with torch.autocast(mean.device.type, enabled=False):
+            states = self.describe(mean.to(self.probes.dtype)).view(-1, *self.probes.shape)
+            return self.write(self.probes + states, dtype)
+
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`CrossAttentionHyperAdapter.forward`."""
-        mean = tokens.mean(1)
-        with torch.autocast(tokens.device.type, enabled=False):
-            states = self.describe(mean.to(self.probes.dtype)).view(-1, *self.probes.shape)
-            return self.write(self.probes + states, tokens.dtype)
+        return self.components(tokens.mean(1), tokens.dtype)
 
 
 class StaticBank(nn.Module):
@@ -286,6 +329,21 @@ class CEALayer(nn.Module):
         """Components ``(A, D)``, each ``(B, r, C)``, of features ``x`` in the layer's layout."""
         self._check(x)
         return self.adapter(self.norm(as_tokens(x, self.layout)))
+
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the adapter reads in features ``x``, part of an image: see :func:`merge_means`."""
+        self._check(x)
+        return self.adapter.statistics(self.norm(as_tokens(x, self.layout)))
+
+    def affinities(self, x: Tensor, components: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The routing, made visible: how much of each component every token of ``x`` takes, ``(B, N, r)``.
+
+        Args as for :meth:`forward`.
+        """
+        self._check(x)
+        normed = self.norm(as_tokens(x, self.layout))
+        bases, _ = self.adapter(normed) if components is None else components
+        return affinities(normed, bases, self.routing)
 
     def forward(self, x: Tensor, components: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Add to each token of ``x`` the residual it assembles.
