@@ -22,6 +22,8 @@ WEIGHT_KEYS = ('params_ema', 'params')
 PREFIXES = ('module.', '_orig_mod.')  # DataParallel and torch.compile leave them before every name
 METADATA_KEY = 'cea_arch'  # of the JSON in a .safetensors file
 SHOWN = 3
+# what torch's reader raises for bytes that are no weights
+BAD_FILE = (AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError)
 # where weights that come with the package would lie; there are none yet
 PACKAGED_WEIGHTS = Path(__file__).parent / 'weights' / 'ceanet_t.safetensors'
 NO_MODEL = (
@@ -50,8 +52,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         return _read_safetensors(path)
     try:
         content = torch.load(path, map_location='cpu', weights_only=True)
-    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f'{path} is not a file of weights: {str(error).splitlines()[0]}') from error
+    except BAD_FILE as error:  # not with torch's words, which recommend to run what the file says
+        raise UserError(
+            f"{path} is not a file of weights: not in torch's format, or it holds more than tensors and plain values."
+        ) from error
     if not isinstance(content, dict):
         raise UserError(f'{path} is not a file of weights: expected a dict, found {type(content).__name__}.')
     return content

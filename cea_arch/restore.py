@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from cea_arch.checkpoints import load_network
 from cea_arch.errors import UserError
 from cea_arch.layers.whole_image import WholeImage
-from cea_arch.tiling import ALIGN, check_tiles, choose_tile, halvings, is_out_of_memory, restore_tiled
+from cea_arch.maps import RoutingMaps
+from cea_arch.tiling import ALIGN, MIN_TILE, Span, check_tiles, choose_tile, halvings, is_out_of_memory, restore_tiled
 
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 CONDITIONINGS = ('whole', 'tile')
@@ -43,6 +44,9 @@ class Restorer:
         conditioning: ``whole``: all tiles share the global statistics of the whole image, found in sweeps over the
             tiles; ``tile``: each has its own, which is faster and shows.
         progress: Called after each tile with the number of tiles done and the number of all.
+
+    Attributes:
+        maps: A :class:`cea_arch.maps.RoutingMaps` of the network, to be filled by each call; none by default.
 
     Raises:
         UserError: A word or size that is not possible, or a file that is no model.
@@ -75,6 +79,7 @@ class Restorer:
         self.overlap = overlap
         self.conditioning = conditioning
         self.progress = progress
+        self.maps: RoutingMaps | None = None
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -83,17 +88,19 @@ class Restorer:
         Raises:
             UserError: Memory does not suffice even for the smallest tile, or the network changes the image's size.
         """
+        with self.maps.recording() if self.maps else nullcontext():
+            return self._restore(x).clamp_(0, 1)
+
+    def _restore(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         tile = choose_tile(self.net, height, width, self.device) if self.tile == 'auto' else self.tile
         if not tile or max(height, width) <= tile:
             try:
-                restored = self._run(x)
-                self.progress(1, 1)
-                return restored.clamp_(0, 1)
+                return restore_tiled(self._run, None, x, max(height, width), 0, self.progress, self._placer(x))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            tile = max(height, width) // 2 // ALIGN * ALIGN
+            tile = max(max(height, width) // 2 // ALIGN * ALIGN, MIN_TILE)
             warnings.warn(f'out of memory for {width} x {height} pixels at once: trying tiles of {tile}.', stacklevel=2)
         return self._restore_tiled(x, tile)
 
@@ -102,12 +109,16 @@ class Restorer:
             whole = WholeImage(self.net) if self.conditioning == 'whole' else None
             try:
                 with whole or nullcontext():
-                    return restore_tiled(self._run, whole, x, size, overlap, self.progress).clamp_(0, 1)
+                    return restore_tiled(self._run, whole, x, size, overlap, self.progress, self._placer(x))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             warnings.warn(f'out of memory for tiles of {size} pixels: trying smaller ones.', stacklevel=3)
         raise UserError(f'out of memory even for tiles of {size} pixels; choose another device.')
+
+    def _placer(self, x: Tensor) -> Callable[[Span, Span], None]:
+        size = tuple(x.shape[-2:])
+        return lambda rows, columns: self.maps.place(rows, columns, size) if self.maps else None
 
     def _run(self, x: Tensor) -> Tensor:
         """The network's output for ``x``, both on the CPU, float32."""
@@ -157,7 +168,7 @@ def restore(image: np.ndarray, model: str | Path | nn.Module | Restorer, **optio
     del x, scaled
     if colours == 1:  # grey is restored as three equal channels
         restored = restored.mean(0, keepdim=True)
-    restored = restored.mul_(peak)
+    restored = restored * peak
     values = (restored.round_() if image.dtype.kind == 'u' else restored).permute(1, 2, 0).numpy()
     out = image.copy().reshape(*image.shape[:2], channels)
     out[..., :colours] = values  # numpy casts whole numbers exactly

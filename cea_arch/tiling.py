@@ -78,6 +78,7 @@ def restore_tiled(
     tile: int,
     overlap: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    placed: Callable[[Span, Span], None] = lambda rows, columns: None,
 ) -> Tensor:
     """Run ``net`` over the tiles of ``x`` and blend what it gives.
 
@@ -87,6 +88,7 @@ def restore_tiled(
         x: Image ``(1, C, H, W)``.
         tile, overlap: In pixels, see :func:`check_tiles`.
         progress: Called after each tile with the number of tiles done and the number of all, passes included.
+        placed: Called after each tile of the last pass with its rows and columns.
 
     Returns:
         The restored image, as ``x``.
@@ -107,6 +109,7 @@ def restore_tiled(
         place = (..., slice(rows.start, rows.stop), slice(columns.start, columns.stop))
         weights = blend(rows, height, overlap)[:, None] * blend(columns, width, overlap)
         out[place] += net(x[place]) * weights
+        placed(rows, columns)
         progress(sweeps * len(grid) + number, total)
     return out
 
@@ -154,9 +157,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def halvings(tile: int, overlap: int) -> Iterator[tuple[int, int]]:
     """Ever smaller tiles with their overlaps, from ``tile`` down."""
-    while tile >= MIN_TILE:
+    while True:
         yield tile, min(overlap, tile // 4 // ALIGN * ALIGN)
-        tile = tile // 2 // ALIGN * ALIGN
+        if tile <= MIN_TILE:
+            return
+        tile = max(tile // 2 // ALIGN * ALIGN, MIN_TILE)
 
 
 def _free_memory() -> int:

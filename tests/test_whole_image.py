@@ -13,6 +13,8 @@ from cea_arch.layers.transformer import ChannelAttention, merge_products
 from cea_arch.layers.whole_image import WholeImage
 from cea_arch.tiling import blend, bytes_per_pixel, check_tiles, choose_tile, halvings, restore_tiled, spans
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 
 def awake(conditioning, layout='bchw'):
     layer = CEALayer(12, rank=4, width=8, conditioning=conditioning, layout=layout).double()
@@ -149,3 +151,4 @@ def test_tile_follows_memory(monkeypatch):
     assert choose_tile(net, 200, 200, cpu) == 0
     assert choose_tile(net, 201, 200, cpu) == 192
     assert list(halvings(256, 32)) == [(256, 32), (128, 32), (64, 16)]
+    assert list(halvings(96, 32)) == [(96, 16), (64, 16)]
