@@ -31,7 +31,11 @@ setup(
         'scikit-image',
         'tqdm',
     ],
-    extras_require={'dev': ['pytest', 'ruff', 'safetensors'], 'safetensors': ['safetensors']},
+    extras_require={
+        'dev': ['pytest', 'ruff', 'onnx', 'onnxruntime', 'onnxscript', 'safetensors'],
+        'export': ['onnx', 'onnxruntime', 'onnxscript'],
+        'safetensors': ['safetensors'],
+    },
     entry_points={'console_scripts': ['cea = cea_arch.cli:main']},
     classifiers=[
         'License :: OSI Approved :: Apache Software License',

@@ -18,7 +18,6 @@ PACKAGES = ('torch', 'torchvision', 'numpy', 'opencv-python', 'pillow', 'scikit-
 EXTRAS = {
     'safetensors': ('safetensors',),
     'export': ('onnx', 'onnxruntime', 'onnxscript'),
-    'spandrel': ('spandrel',),
 }
 KNOWN_BASICSR = '1.4.2'
 
