@@ -18,6 +18,8 @@ from cea_arch.errors import UserError
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'TIFF', 'BMP')
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.tif', '.tiff', '.bmp')
 ORIENTATION = 0x0112
+# description, make, model, software, date and time, artist, copyright
+DESCRIPTIVE_TAGS = (270, 271, 272, 305, 306, 315, 33432)
 # 8-bit encoders' settings; lossy ones near the point where more bytes show nothing
 SETTINGS: dict[str, dict[str, Any]] = {
     'JPEG': {'quality': 95, 'subsampling': 0},
@@ -182,10 +184,6 @@ def _encode(picture: Picture) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(picture.pixels).save(stream, picture.format, **options)
     return stream.getvalue()
-
-
-# description, make, model, software, date and time, artist, copyright
-DESCRIPTIVE_TAGS = (270, 271, 272, 305, 306, 315, 33432)
 
 
 def _encode_png16(picture: Picture) -> bytes:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cea_arch.layers.cea import CEALayer, ChannelNorm
+from cea_arch.layers.cea import CEALayer
+from cea_arch.layers.tokens import ChannelNorm
 
 
 class ChannelAttention(nn.Module):
