@@ -1,18 +1,43 @@
-"""Weights in files: read safely, compared with what a network expects, merged, and written beside and renamed."""
+"""Weights in files that explain themselves: read without running code, and built into the network they belong to.
 
+A file holds tensors by name, alone or, as BasicSR writes it, under ``params_ema`` and ``params``, and beside them the
+network's options, ``network_g`` as in an option file. A ``.safetensors`` file holds them as JSON in its metadata.
+"""
+
+import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cea_arch.errors import UserError
+from cea_arch.archs.ceanet_arch import SIZES, CEANet
+from cea_arch.compat import ARCH_REGISTRY, HAS_BASICSR
+from cea_arch.errors import UserError, lookup
 
 WEIGHT_KEYS = ('params_ema', 'params')
+PREFIXES = ('module.', '_orig_mod.')  # DataParallel and torch.compile leave them before every name
+METADATA_KEY = 'cea_arch'  # of the JSON in a .safetensors file
 SHOWN = 3
+# what torch's reader raises for bytes that are no weights
+BAD_FILE = (AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError)
+# where weights that come with the package would lie; there are none yet
+PACKAGED_WEIGHTS = Path(__file__).parent / 'weights' / 'ceanet_t.safetensors'
+NO_MODEL = (
+    'name a file of weights with --model: none come with this version. '
+    '`python cea_arch/train.py -opt options/cea_demo.yml` trains one in minutes, '
+    'experiments/cea_demo/models/net_g_latest.pth.'
+)
+
+
+def default_model() -> Path:
+    """The weights that come with the package; UserError while there are none."""
+    if not PACKAGED_WEIGHTS.is_file():
+        raise UserError(NO_MODEL)
+    return PACKAGED_WEIGHTS
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -23,10 +48,14 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise UserError(f'file {str(path)!r} does not exist.')
+    if Path(path).suffix == '.safetensors':
+        return _read_safetensors(path)
     try:
         content = torch.load(path, map_location='cpu', weights_only=True)
-    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f'{path} is not a file of weights: {str(error).splitlines()[0]}') from error
+    except BAD_FILE as error:  # not with torch's words, which recommend to run what the file says
+        raise UserError(
+            f"{path} is not a file of weights: not in torch's format, or it holds more than tensors and plain values."
+        ) from error
     if not isinstance(content, dict):
         raise UserError(f'{path} is not a file of weights: expected a dict, found {type(content).__name__}.')
     return content
@@ -35,13 +64,14 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 def weights_of(content: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Tensor]:
     """The weights in the content of a file: under ``params_ema``, else ``params``, else the content itself.
 
-    A ``module.`` before every name, which DataParallel leaves there, is dropped.
+    What DataParallel and torch.compile put before every name is dropped.
     """
     weights = next((content[key] for key in WEIGHT_KEYS if key in content), content)
     if not isinstance(weights, Mapping) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
         raise UserError(f'{path} holds no weights: expected tensors by name, alone or under params or params_ema.')
-    wrapped = all(name.startswith('module.') for name in weights)
-    return {name.removeprefix('module.') if wrapped else name: value for name, value in weights.items()}
+    while wrapped := [prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in weights)]:
+        weights = {name.removeprefix(wrapped[0]): value for name, value in weights.items()}
+    return dict(weights)
 
 
 def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], label: str) -> None:
@@ -60,6 +90,59 @@ def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], label
     ]
     if complaints:
         raise UserError(f'{label}: of {len(expected)} weights, {"; ".join(complaints)}.')
+
+
+def build_network(options: Mapping[str, Any]) -> nn.Module:
+    """A network from its options, ``type`` and the constructor's own: CEANet, or any that basicsr's registry knows.
+
+    Raises:
+        UserError: The type is unknown, or needs basicsr where it is absent; or an option is not the network's.
+    """
+    options = dict(options)
+    kind = options.pop('type', None)
+    options.pop('pretrained_base', None)  # the weights are in this file
+    if kind == 'CEANet':
+        network: Callable[..., nn.Module] = CEANet
+    elif not HAS_BASICSR:
+        raise UserError(f'network {kind!r} needs basicsr, which is not installed; without it there is CEANet.')
+    else:
+        network = lookup(ARCH_REGISTRY, kind, 'network')
+    try:
+        return network(**options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f'network {kind!r} cannot be built: {error}') from error
+
+
+def network_options(content: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Any]:
+    """The network's options, from the file or, for CEANet's named sizes, from the shapes of its weights."""
+    options = content.get('network_g')
+    if isinstance(options, Mapping):
+        return dict(options)
+    weights = weights_of(content, path)
+    for size in SIZES:
+        with torch.device('meta'):
+            expected = CEANet(size=size).state_dict()
+        if {name: v.shape for name, v in expected.items()} == {name: v.shape for name, v in weights.items()}:
+            return {'type': 'CEANet', 'size': size}
+    raise UserError(
+        f'{path} does not say what network it holds, and its {len(weights)} weights are not those of CEANet in size '
+        f'{", ".join(SIZES)}: expected options under network_g, as CEAModel writes them.'
+    )
+
+
+def load_network(path: str | os.PathLike) -> nn.Module:
+    """The network that a file holds, with its weights, in evaluation mode.
+
+    Raises:
+        UserError: No such file, not a file of weights, an unknown network, or weights that do not fit it.
+    """
+    content = read_checkpoint(path)
+    weights = weights_of(content, path)
+    options = network_options(content, path)
+    net = build_network(options)
+    check_fit(net.state_dict(), weights, f'{path} does not fit {options.get("type")}')
+    net.load_state_dict(weights)
+    return net.eval()
 
 
 def merge(base: str, cea: str, out: str) -> int:
@@ -85,14 +168,19 @@ def merge(base: str, cea: str, out: str) -> int:
 
 
 def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Save beside and rename, so that ``path`` is whole at all times.
+    """Save beside and rename, so that ``path`` is whole at all times; the suffix chooses the format.
 
     Raises:
         UserError: It cannot be written, as when the disk is full; what was at ``path`` is still there.
     """
     aside = Path(f'{path}.{os.getpid()}.tmp')
     try:
-        torch.save(content, aside)
+        if Path(path).suffix == '.safetensors':
+            weights = {name: value.contiguous() for name, value in weights_of(content, path).items()}
+            rest = {key: value for key, value in content.items() if key not in WEIGHT_KEYS and key not in weights}
+            _safetensors('torch').save_file(weights, aside, metadata={METADATA_KEY: json.dumps(rest)})
+        else:
+            torch.save(dict(content), aside)
         aside.replace(path)
     except (OSError, RuntimeError) as error:  # torch raises the latter where the disk is full
         raise UserError(f'{path} could not be written: {error}') from error
@@ -114,3 +202,22 @@ def _merged(base: dict[str, Tensor], cea: dict[str, Tensor], base_path: str, cea
                 f'{cea_path} does not fit {base_path}, which has no module {target.removeprefix(prefix)!r}.'
             )
     return whole | cea
+
+
+def _read_safetensors(path: str | os.PathLike) -> dict[str, Any]:
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(path, framework='pt') as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+        return {'params': weights, **json.loads(metadata.get(METADATA_KEY, '{}'))}
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise UserError(f'{path} is not a file of weights: {error}') from error
+
+
+def _safetensors(module: str | None = None) -> Any:
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise UserError('files .safetensors need an extra: `pip install "cea-arch[safetensors]"`.') from error
+    return safetensors.torch if module else safetensors

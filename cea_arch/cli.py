@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 import cea_arch
+from cea_arch import doctor, export, restore_files
 from cea_arch.checkpoints import merge
 from cea_arch.compat import HAS_BASICSR, REMEDY
 from cea_arch.errors import UserError
@@ -42,14 +43,23 @@ def build_parser() -> argparse.ArgumentParser:
     command = _add(commands, 'merge', text, _merge)
     for name in ('base', 'cea', 'out'):
         command.add_argument(name, metavar=f'{name}.pth')
+    for command in (train, test, *(commands.choices[name] for name in ('score', 'report', 'modules'))):
+        command.set_defaults(needs_basicsr=True)
+    restore = _add(commands, 'restore', 'restore picture files, folders of them, or patterns', restore_files.run)
+    restore_files.add_arguments(restore)
+    text = 'write a network as ONNX for other programs, for pictures of any size'
+    export.add_arguments(_add(commands, 'export', text, export.run))
+    _add(commands, 'doctor', 'say what is installed, what is not right, and what to do about it', doctor.run)
+    info = _add(commands, 'info', 'say what a file of weights holds', doctor.show_weights)
+    info.add_argument('file', help='.pth or .safetensors')
     return parser
 
 
 def _add(
-    commands: argparse._SubParsersAction, name: str, text: str, call: Callable[[argparse.Namespace], None]
+    commands: argparse._SubParsersAction, name: str, text: str, call: Callable[[argparse.Namespace], int | None]
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=text)
-    command.set_defaults(call=call)
+    command.set_defaults(call=call, needs_basicsr=False)
     return command
 
 
@@ -111,13 +121,13 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run the command; returns its exit code: 0, its own, 2 for a user's mistake, 130 when interrupted."""
     args = build_parser().parse_args(argv)
-    if not HAS_BASICSR:
+    if not HAS_BASICSR and args.needs_basicsr:
         print(f'cea {args.command}: {REMEDY}', file=sys.stderr)
         return 2
     try:
-        args.call(args)
+        return args.call(args) or 0
     except UserError as error:
         print(f'cea {args.command}: {error}', file=sys.stderr)
         return 2
@@ -127,7 +137,6 @@ def main(argv: list[str] | None = None) -> int:
         )
         print(f'\ncea {args.command}: interrupted.{hint}', file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == '__main__':

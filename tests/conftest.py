@@ -25,6 +25,15 @@ def _seeded():
     np.random.seed(0)
 
 
+@pytest.fixture(scope='module')
+def one_thread():
+    """For images so small that threads wait longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope='session')
 def photographs():
     """Colour photographs that scikit-image carries: file bytes by name."""

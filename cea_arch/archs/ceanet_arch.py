@@ -160,9 +160,11 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, C, H, W)`` to ``(B, 2C, ceil(H/2), ceil(W/2))``."""
         x = self.conv(x)
-        odd_row, odd_column = x.shape[-2] % 2, x.shape[-1] % 2
-        if odd_row or odd_column:
-            x = F.pad(x, (0, odd_column, 0, odd_row), mode='replicate')
+        height, width = x.shape[-2:]
+        row, column = (height + 1) // 2 * 2 - height, (width + 1) // 2 * 2 - width
+        # a traced program serves odd and even sizes, so it must not depend on which one was traced
+        if torch.compiler.is_compiling() or row or column:
+            x = F.pad(x, (0, column, 0, row), mode='replicate')
         return F.pixel_unshuffle(x, 2)
 
 

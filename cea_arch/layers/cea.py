@@ -23,24 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LAYOUTS = ('bchw', 'bnc', 'bhwc')
-
-
-def as_tokens(x: Tensor, layout: str) -> Tensor:
-    """View features ``(B, C, H, W)``, ``(B, N, C)`` or ``(B, H, W, C)`` as tokens ``(B, N, C)``, without copying."""
-    if layout == 'bchw':
-        return x.flatten(2).mT
-    return x if layout == 'bnc' else x.flatten(1, 2)
-
-
-def from_tokens(tokens: Tensor, like: Tensor, layout: str) -> Tensor:
-    """Undo :func:`as_tokens`: tokens ``(B, N, C)`` get the shape of ``like``."""
-    return tokens.mT.reshape(like.shape) if layout == 'bchw' else tokens.reshape(like.shape)
-
-
-def multiply(tokens: Tensor, matrix: Tensor) -> Tensor:
-    """``tokens @ matrix`` for ``(B, N, C)`` and ``(B, C, K)``, the result laid out in memory as the tokens are."""
-    return tokens @ matrix if tokens.stride(-1) == 1 else (matrix.mT @ tokens.mT).mT
+from cea_arch.layers.tokens import LAYOUTS, ChannelNorm, as_tokens, from_tokens, multiply
 
 
 def signed(affinity: Tensor) -> Tensor:
@@ -77,37 +60,22 @@ def assemble(tokens: Tensor, bases: Tensor, directions: Tensor, routing: str = '
     Returns:
         The residual ``(B, N, C)``, in the memory order of ``tokens``.
     """
-    affinity = multiply(tokens, bases.mT) * tokens.shape[-1] ** -0.5  # (B, N, r)
-    return multiply(ROUTINGS[routing](affinity), directions)
+    return multiply(affinities(tokens, bases, routing), directions)
 
 
-class ChannelNorm(nn.Module):
-    """LayerNorm over the channel axis, wherever that axis lies in memory.
+def affinities(tokens: Tensor, bases: Tensor, routing: str = 'signed') -> Tensor:
+    """How much of each component every token takes, ``(B, N, r)``; arguments as for :func:`assemble`."""
+    return ROUTINGS[routing](multiply(tokens, bases.mT) * tokens.shape[-1] ** -0.5)
 
-    Args:
-        dim: Channels C.
-        axis: Axis of the channels: 1 for ``(B, C, H, W)``, -1 for tokens ``(B, N, C)``.
-        eps: Added to the variance.
+
+def merge_means(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Merge weighted means of two sets of tokens, each a mean and the logarithm of its weight, into that of both.
+
+    Exact: a softmax over tokens is a sum of exponentials, so the weights of its parts are their log-sum-exps.
     """
-
-    def __init__(self, dim: int, axis: int = 1, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.axis = axis
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x`` over its channels: same shape, dtype and memory order; computed in float32 or wider."""
-        wide = x.float() if x.dtype.itemsize < 4 else x
-        if wide.stride(self.axis) == 1:
-            normed = F.layer_norm(wide.movedim(self.axis, -1), self.weight.shape, eps=self.eps).movedim(-1, self.axis)
-        else:
-            # over a strided axis torch.var_mean is 10 to 20 times slower than these two means (measured on CPU)
-            centred = wide - wide.mean(self.axis, keepdim=True)
-            normed = centred * (centred.square().mean(self.axis, keepdim=True) + self.eps).rsqrt()
-        shape = [-1 if axis == self.axis % x.ndim else 1 for axis in range(x.ndim)]
-        return torch.addcmul(self.bias.view(shape), normed, self.weight.view(shape)).to(x.dtype)
+    log_weight = torch.logaddexp(one[1], other[1])
+    shares = [(part[1] - log_weight).exp() for part in (one, other)]
+    return one[0] * shares[0] + other[0] * shares[1], log_weight
 
 
 class CrossAttentionHyperAdapter(nn.Module):
@@ -157,12 +125,29 @@ class CrossAttentionHyperAdapter(nn.Module):
 
     def read(self, tokens: Tensor) -> Tensor:
         """Attention-weighted sums of tokens ``(B, N, C)``, one a head and probe: ``(B, h, r, C)``."""
-        with torch.autocast(tokens.device.type, enabled=False):
-            queries = self.folded_queries().to(tokens.dtype).expand(len(tokens), -1, -1)
-        logits = queries @ tokens.mT  # (B, h*r, N)
-        logits = logits.float() if logits.dtype.itemsize < 4 else logits
-        sums = logits.softmax(-1).to(tokens.dtype) @ tokens
-        return sums.unflatten(1, (self.num_heads, -1))
+        return self._sums(tokens, self._logits(tokens))
+
+    def statistics(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`read` gives, and the logarithm of its weight, for :func:`merge_means` over parts of an image.
+
+        Args:
+            tokens: Normalised tokens ``(B, N, C)`` of a part of an image.
+
+        Returns:
+            The sums ``(B, h, r, C)`` and the log-sum-exp of their logits ``(B, h, r, 1)``, in float32 or wider.
+        """
+        logits = self._logits(tokens)
+        sums = self._sums(tokens, logits)
+        wide = sums.float() if sums.dtype.itemsize < 4 else sums
+        return wide, logits.logsumexp(-1, keepdim=True).unflatten(1, (self.num_heads, -1))
+
+    def components(self, sums: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """From what :meth:`read` gives, ``(B, h, r, C)``, to components ``(A, D)``, each ``(B, r, C)`` in ``dtype``."""
+        with torch.autocast(sums.device.type, enabled=False):
+            values = self.to_v.weight.view(self.num_heads, -1, sums.shape[-1])  # (h, d/h, C)
+            heads = sums.to(values.dtype) @ values.mT  # (B, h, r, d/h)
+            attended = self.to_out(heads.transpose(1, 2).flatten(2))  # (B, r, d)
+            return self.write(self.probes + attended, dtype)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Write the components of each image.
@@ -173,12 +158,16 @@ class CrossAttentionHyperAdapter(nn.Module):
         Returns:
             Routing bases A and residual directions D, each ``(B, r, C)``.
         """
-        sums = self.read(tokens)
+        return self.components(self.read(tokens), tokens.dtype)
+
+    def _logits(self, tokens: Tensor) -> Tensor:
         with torch.autocast(tokens.device.type, enabled=False):
-            values = self.to_v.weight.view(self.num_heads, -1, sums.shape[-1])  # (h, d/h, C)
-            heads = sums.to(values.dtype) @ values.mT  # (B, h, r, d/h)
-            attended = self.to_out(heads.transpose(1, 2).flatten(2))  # (B, r, d)
-            return self.write(self.probes + attended, tokens.dtype)
+            queries = self.folded_queries().to(tokens.dtype).expand(len(tokens), -1, -1)
+        logits = queries @ tokens.mT  # (B, h*r, N)
+        return logits.float() if logits.dtype.itemsize < 4 else logits
+
+    def _sums(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        return (logits.softmax(-1).to(tokens.dtype) @ tokens).unflatten(1, (self.num_heads, -1))
 
 
 class ComponentWriter(nn.Module):
@@ -215,12 +204,20 @@ class PooledHyperAdapter(nn.Module):
         self.write = ComponentWriter(dim, rank, width)
         nn.init.zeros_(self.describe[-1].weight)
 
+    def statistics(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean token ``(B, C)`` and the logarithm of the number of tokens, ``(B, 1)``, for :func:`merge_means`."""
+        mean = tokens.mean(1, dtype=torch.float32 if tokens.dtype.itemsize < 4 else tokens.dtype)
+        return mean, mean.new_full((len(mean), 1), math.log(tokens.shape[1]))
+
+    def components(self, mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """From the mean token ``(B, C)``, the components ``(A, D)``, each ``(B, r, C)`` in ``dtype``."""
+        with torch.autocast(mean.device.type, enabled=False):
+            states = self.describe(mean.to(self.probes.dtype)).view(-1, *self.probes.shape)
+            return self.write(self.probes + states, dtype)
+
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`CrossAttentionHyperAdapter.forward`."""
-        mean = tokens.mean(1)
-        with torch.autocast(tokens.device.type, enabled=False):
-            states = self.describe(mean.to(self.probes.dtype)).view(-1, *self.probes.shape)
-            return self.write(self.probes + states, tokens.dtype)
+        return self.components(tokens.mean(1), tokens.dtype)
 
 
 class StaticBank(nn.Module):
@@ -286,6 +283,21 @@ class CEALayer(nn.Module):
         """Components ``(A, D)``, each ``(B, r, C)``, of features ``x`` in the layer's layout."""
         self._check(x)
         return self.adapter(self.norm(as_tokens(x, self.layout)))
+
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the adapter reads in features ``x``, part of an image: see :func:`merge_means`."""
+        self._check(x)
+        return self.adapter.statistics(self.norm(as_tokens(x, self.layout)))
+
+    def affinities(self, x: Tensor, components: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The routing, made visible: how much of each component every token of ``x`` takes, ``(B, N, r)``.
+
+        Args as for :meth:`forward`.
+        """
+        self._check(x)
+        normed = self.norm(as_tokens(x, self.layout))
+        bases, _ = self.adapter(normed) if components is None else components
+        return affinities(normed, bases, self.routing)
 
     def forward(self, x: Tensor, components: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Add to each token of ``x`` the residual it assembles.

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cea_arch.layers.cea import CEALayer, ChannelNorm
+from cea_arch.layers.cea import CEALayer
+from cea_arch.layers.tokens import ChannelNorm
 
 
 class ChannelAttention(nn.Module):
@@ -25,15 +26,39 @@ class ChannelAttention(nn.Module):
         self.qkv_dwconv = nn.Conv2d(3 * dim, 3 * dim, 3, padding=1, groups=3 * dim, bias=False)
         self.project_out = nn.Conv2d(dim, dim, 1, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(B, C, H, W)`` to the same shape."""
-        q, k, v = self.qkv_dwconv(self.qkv(x)).chunk(3, dim=1)
-        q, k, v = (t.reshape(len(x), self.num_heads, -1, x.shape[-2] * x.shape[-1]) for t in (q, k, v))
+    def forward(self, x: Tensor, statistics: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+        """Map ``(B, C, H, W)`` to the same shape.
+
+        Args:
+            x: Features.
+            statistics: What :meth:`statistics` gave, to use instead of this image's own.
+        """
+        qkv = self.qkv_dwconv(self.qkv(x))
+        products, q_norm, k_norm = self.statistics(qkv) if statistics is None else statistics
         # normalising the (C/h, C/h) product instead of q and k saves two passes over the pixels
-        norms = [t.norm(dim=-1, dtype=torch.float32 if t.dtype.itemsize < 4 else t.dtype) for t in (q, k)]
-        scale = norms[0].clamp_min(1e-6).unsqueeze(-1) * norms[1].clamp_min(1e-6).unsqueeze(-2)
-        attention = ((q @ k.mT) / scale * self.temperature).softmax(-1).to(v.dtype)
+        scale = q_norm.clamp_min(1e-6).unsqueeze(-1) * k_norm.clamp_min(1e-6).unsqueeze(-2)
+        attention = (products / scale * self.temperature).softmax(-1).to(qkv.dtype)
+        v = self._heads(qkv.chunk(3, dim=1)[2])
         return self.project_out((attention @ v).reshape(x.shape))
+
+    def statistics(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is summed over the pixels of ``qkv`` ``(B, 3C, H, W)``; parts of an image: :func:`merge_products`.
+
+        Returns:
+            ``q k^T`` ``(B, h, C/h, C/h)``, the norms of q and of k ``(B, h, C/h)``.
+        """
+        q, k = (self._heads(t) for t in qkv.chunk(3, dim=1)[:2])
+        norms = [t.norm(dim=-1, dtype=torch.float32 if t.dtype.itemsize < 4 else t.dtype) for t in (q, k)]
+        return q @ k.mT, *norms
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), self.num_heads, -1, x.shape[-2] * x.shape[-1])
+
+
+def merge_products(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge :meth:`ChannelAttention.statistics` of two sets of pixels into those of both, exactly."""
+    norms = [torch.hypot(a, b) for a, b in zip(one[1:], other[1:], strict=True)]
+    return one[0] + other[0], *norms
 
 
 class GatedFeedForward(nn.Module):

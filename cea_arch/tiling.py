@@ -1,0 +1,173 @@
+"""Run a network over an image in overlapping tiles: the image stays where it is, only tiles move to the device."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise, product
+
+import torch
+from torch import Tensor, nn
+
+from cea_arch.errors import UserError
+from cea_arch.layers.whole_image import WholeImage
+
+ALIGN = 16  # pixels; tiles and overlaps are multiples, so that cells of all levels and windows agree with the image's
+SWEEPS = 2  # over the tiles for statistics before the last pass; each brought tiles some 25 dB closer to untiled
+MIN_TILE = 64  # pixels; smaller ones are not tried when memory runs out
+CPU_BUDGET = 2**30  # bytes of activations; the picture, its result and torch itself come on top
+
+
+@dataclass(frozen=True)
+class Span:
+    """One axis of a tile, in pixels of the image: ``[start, stop)``, and within it the core that is its own."""
+
+    start: int
+    stop: int
+    core_start: int
+    core_stop: int
+
+    @property
+    def core(self) -> slice:
+        """The core within the tile."""
+        return slice(self.core_start - self.start, self.core_stop - self.start)
+
+
+def spans(length: int, tile: int, overlap: int) -> list[Span]:
+    """Cut an axis of ``length`` pixels into tiles of at most ``tile`` that reach ``overlap`` beyond their cores."""
+    if length <= tile:
+        return [Span(0, length, 0, length)]
+    cells = math.ceil(length / ALIGN)
+    count = math.ceil(cells / ((tile - 2 * overlap) // ALIGN))
+    bounds = [round(number * cells / count) * ALIGN for number in range(count)] + [length]
+    return [Span(max(a - overlap, 0), min(b + overlap, length), a, b) for a, b in pairwise(bounds)]
+
+
+def check_tiles(tile: int, overlap: int) -> None:
+    """Raise UserError unless tiles of ``tile`` pixels have room for an ``overlap`` on both sides."""
+    for name, value in (('tile', tile), ('overlap', overlap)):
+        if value < 0 or value % ALIGN:
+            raise UserError(f'{name} must be a multiple of {ALIGN} pixels, got {value}.')
+    if tile and tile < max(4 * overlap, MIN_TILE):
+        raise UserError(f'tile must be at least {MIN_TILE} and four times the overlap of {overlap}, got {tile}.')
+
+
+def blend(span: Span, length: int, overlap: int) -> Tensor:
+    """Weights of a tile's pixels along one axis: 1 in its core, a raised cosine across each inner border.
+
+    The ramp reaches a quarter of the overlap to both sides, so that what lies near a tile's edge, where convolutions
+    miss pixels, does not count. Weights of neighbours add up to 1.
+    """
+    weights = torch.zeros(span.stop - span.start)
+    reach = overlap // 4
+    weights[span.core] = 1
+    ramp = 0.5 - 0.5 * torch.cos(math.pi * (torch.arange(2 * reach) + 0.5) / (2 * reach)) if reach else torch.ones(0)
+    for inner, border, values in (
+        (span.core_start > 0, span.core.start, ramp),
+        (span.core_stop < length, span.core.stop, 1 - ramp),
+    ):
+        if inner:
+            part = weights[border - reach : border + reach]  # a short last tile may end within the ramp
+            part[:] = values[: len(part)]
+    return weights
+
+
+def restore_tiled(
+    net: Callable[[Tensor], Tensor],
+    whole: WholeImage | None,
+    x: Tensor,
+    tile: int,
+    overlap: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    placed: Callable[[Span, Span], None] = lambda rows, columns: None,
+) -> Tensor:
+    """Run ``net`` over the tiles of ``x`` and blend what it gives.
+
+    Args:
+        net: Maps a tile ``(1, C, h, w)`` to one of the same shape, on the device of ``x``.
+        whole: Statistics of the whole image, entered; ``None`` leaves each tile to its own.
+        x: Image ``(1, C, H, W)``.
+        tile, overlap: In pixels, see :func:`check_tiles`.
+        progress: Called after each tile with the number of tiles done and the number of all, passes included.
+        placed: Called after each tile of the last pass with its rows and columns.
+
+    Returns:
+        The restored image, as ``x``.
+    """
+    height, width = x.shape[-2:]
+    grid = list(product(spans(height, tile, overlap), spans(width, tile, overlap)))
+    sweeps = SWEEPS if whole else 0
+    total = len(grid) * (sweeps + 1)
+    for sweep in range(sweeps):
+        for number, (rows, columns) in enumerate(grid, 1):
+            part = x[..., rows.start : rows.stop, columns.start : columns.stop]
+            with whole.collecting((rows.core, columns.core), tuple(part.shape[-2:])):
+                net(part)
+            progress(sweep * len(grid) + number, total)
+        whole.merge()
+    out = torch.zeros_like(x)
+    for number, (rows, columns) in enumerate(grid, 1):
+        place = (..., slice(rows.start, rows.stop), slice(columns.start, columns.stop))
+        weights = blend(rows, height, overlap)[:, None] * blend(columns, width, overlap)
+        out[place] += net(x[place]) * weights
+        placed(rows, columns)
+        progress(sweeps * len(grid) + number, total)
+    return out
+
+
+def choose_tile(net: nn.Module, height: int, width: int, device: torch.device) -> int:
+    """The largest square tile, in pixels, that memory allows; 0 where the whole image fits."""
+    if device.type == 'cuda':
+        budget = int(torch.cuda.mem_get_info(device)[0] * 0.8)
+    else:
+        budget = min(CPU_BUDGET, _free_memory() // 2)
+    pixels = budget // bytes_per_pixel(net, device)
+    if height * width <= pixels:
+        return 0
+    return max(math.isqrt(pixels) // ALIGN * ALIGN, 2 * MIN_TILE)
+
+
+def bytes_per_pixel(net: nn.Module, device: torch.device) -> int:
+    """Twice what the largest single step of ``net`` reads and writes for each pixel of the image, found by a dry run.
+
+    Twice, because skips and intermediate results live beside it: our guess of what is enough.
+    """
+    largest = 0
+
+    def record(_: nn.Module, args: tuple, out: Tensor) -> None:
+        nonlocal largest
+        largest = max(largest, sum(t.nbytes for t in (*args, out) if isinstance(t, Tensor)))
+
+    handles = [m.register_forward_hook(record) for m in net.modules() if not any(m.children())]
+    try:
+        with torch.no_grad():
+            net(torch.full((1, 3, MIN_TILE, MIN_TILE), 0.5, device=device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(2 * largest // MIN_TILE**2, 1)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory ran out, on a GPU or on the CPU."""
+    words = ("can't allocate memory", 'out of memory', 'not enough memory')
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def halvings(tile: int, overlap: int) -> Iterator[tuple[int, int]]:
+    """Ever smaller tiles with their overlaps, from ``tile`` down."""
+    while True:
+        yield tile, min(overlap, tile // 4 // ALIGN * ALIGN)
+        if tile <= MIN_TILE:
+            return
+        tile = max(tile // 2 // ALIGN * ALIGN, MIN_TILE)
+
+
+def _free_memory() -> int:
+    """Bytes that can be had without swapping; where the system does not say, as if there were 4 GiB."""
+    try:
+        with open('/proc/meminfo', encoding='ascii') as lines:  # noqa: PTH123  not a user's file
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith('MemAvailable:'))
+    except (OSError, StopIteration):
+        return 2 * CPU_BUDGET

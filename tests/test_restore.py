@@ -1,0 +1,404 @@
+"""`cea restore` and `cea_arch.restore`: odd inputs one by one, options, failures."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image, ImageCms, ImageOps
+from test_ceanet import TINY, lively
+from torch import nn
+
+import cea_arch
+from cea_arch.archs.ceanet_arch import CEANet
+from cea_arch.checkpoints import write_checkpoint
+from cea_arch.cli import main
+from cea_arch.errors import UserError
+from cea_arch.pictures import Picture, read_picture, write_picture
+from cea_arch.restore import Restorer
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+OPTIONS = {'type': 'CEANet', **TINY}
+
+
+@pytest.fixture(scope='module')
+def net():
+    torch.manual_seed(0)
+    net = lively(CEANet(**TINY))
+    with torch.no_grad():
+        net.output.weight.mul_(0.05 / net(torch.rand(1, 3, 32, 32)).std())  # a change that can be seen, not noise
+    return net
+
+
+@pytest.fixture(scope='module')
+def model(net, tmp_path_factory):
+    path = tmp_path_factory.mktemp('model') / 'net.pth'
+    write_checkpoint({'params': net.state_dict(), 'network_g': OPTIONS}, path)
+    return str(path)
+
+
+@pytest.fixture(scope='module')
+def profile():
+    """A profile that is not sRGB, as a camera or phone would embed."""
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile('LAB', 5000)).tobytes()
+
+
+def textured(height, width, channels=3, dtype=np.uint8):
+    """A smooth picture with an edge: repeatable, lively, and kind to JPEG."""
+    y, x = np.mgrid[:height, :width] / 24
+    planes = [0.5 + 0.3 * np.sin(x + phase) * np.cos(y) + 0.1 * (x > 1) for phase in range(channels)]
+    return np.round(np.stack(planes, -1) * np.iinfo(dtype).max).astype(dtype).squeeze()
+
+
+def run(model, *words):
+    return main(['restore', '-m', model, *map(str, words)])
+
+
+def expected(net, pixels):
+    """What the network makes of a picture, by the shortest way."""
+    peak = np.iinfo(pixels.dtype).max
+    grey = pixels.ndim == 2
+    rgb = np.stack([pixels] * 3, -1) if grey else pixels
+    with torch.no_grad():
+        out = net(torch.from_numpy(rgb.astype(np.float32) / peak).permute(2, 0, 1)[None]).clamp(0, 1)[0]
+    out = (out.mean(0) if grey else out.permute(1, 2, 0)).numpy() * peak
+    return np.round(out)
+
+
+@pytest.mark.parametrize('size', [(1, 1), (7, 5), (1, 3000), (64, 49)])
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize(('dtype', 'suffix'), [('u1', '.png'), ('u1', '.bmp'), ('u2', '.png'), ('u2', '.tif')])
+def test_sizes_and_depths(net, model, tmp_path, size, channels, dtype, suffix):
+    pixels = textured(*size, channels, np.dtype(dtype)).reshape(size + (3,) * (channels == 3))
+    source = tmp_path / f'a{suffix}'
+    assert cv2.imwrite(str(source), pixels[..., ::-1] if channels == 3 else pixels)
+    assert run(model, source, '-o', tmp_path / 'out', '--tile', 0) == 0
+    found = read_picture(tmp_path / 'out' / source.name).pixels
+    assert found.dtype == pixels.dtype
+    assert found.shape == pixels.shape
+    assert np.abs(found - expected(net, pixels)).max() <= 1
+    assert not np.array_equal(found, pixels)
+
+
+@pytest.mark.parametrize('mode', ['LA', 'RGBA'])
+@pytest.mark.parametrize(('depth', 'suffix'), [('u1', '.png'), ('u2', '.png'), ('u1', '.webp'), ('u2', '.tif')])
+def test_alpha_is_untouched(net, model, tmp_path, mode, depth, suffix):
+    if mode == 'LA' and suffix != '.png':
+        pytest.skip('WebP has no grey, Pillow opens no 16-bit TIFF of grey and alpha')
+    pixels = textured(20, 30, len(mode), np.dtype(depth))
+    write_picture(tmp_path / f'a{suffix}', Picture(pixels, {'.png': 'PNG', '.webp': 'WEBP', '.tif': 'TIFF'}[suffix]))
+    source = read_picture(tmp_path / f'a{suffix}').pixels
+    assert run(model, tmp_path / f'a{suffix}', '-o', tmp_path / 'out') == 0
+    found = read_picture(tmp_path / 'out' / f'a{suffix}').pixels
+    assert found.shape == pixels.shape
+    assert found.dtype == pixels.dtype
+    assert np.array_equal(found[..., -1], pixels[..., -1])
+    colours = source[..., 0] if mode == 'LA' else source[..., :3]
+    error = np.abs(found[..., : len(mode) - 1].squeeze() - expected(net, colours))
+    assert error.mean() <= (12 if suffix == '.webp' else 1)
+
+
+def test_palette_with_transparency(model, tmp_path):
+    image = Image.fromarray(textured(20, 30)).quantize(8)
+    image.save(tmp_path / 'p.png', transparency=0)
+    assert run(model, tmp_path / 'p.png', '-o', tmp_path / 'out') == 0
+    with Image.open(tmp_path / 'p.png') as source, Image.open(tmp_path / 'out' / 'p.png') as found:
+        assert found.mode == 'RGBA'
+        assert np.array_equal(found.getchannel('A'), source.convert('RGBA').getchannel('A'))
+
+
+def test_cmyk_jpeg_becomes_rgb(net, model, tmp_path):
+    Image.fromarray(textured(32, 48)).convert('CMYK').save(tmp_path / 'c.jpg', quality=95)
+    assert run(model, tmp_path / 'c.jpg', '-o', tmp_path / 'out') == 0
+    with Image.open(tmp_path / 'c.jpg') as source, Image.open(tmp_path / 'out' / 'c.jpg') as found:
+        assert found.mode == 'RGB'
+        assert np.abs(np.array(found) - expected(net, np.array(source.convert('RGB')))).mean() < 5
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('suffix', ['.jpg', '.png', '.webp', '.tif', '.16.png', '.16.tif'])
+def test_orientation_is_applied_and_cleared(tmp_path, orientation, suffix):
+    path = tmp_path / f'o{suffix}'
+    exif = Image.Exif()
+    exif[274] = orientation
+    exif[271] = 'maker'
+    pixels = textured(16, 24)
+    if suffix == '.16.tif':
+        tags = [(274, 'H', 1, orientation, True), (271, 's', 0, 'maker', True)]
+        tifffile.imwrite(path, pixels.astype(np.uint16) * 257, photometric='rgb', extratags=tags)
+    elif suffix == '.16.png':
+        write_picture(path, Picture(pixels.astype(np.uint16) * 257, 'PNG', exif=exif))
+    elif suffix == '.tif':
+        tifffile.imwrite(path, pixels, photometric='rgb', extratags=[(274, 'H', 1, orientation, True)])
+    else:
+        Image.fromarray(pixels).save(path, exif=exif, quality=100)
+    shown = Image.fromarray(pixels)
+    shown.getexif()[274] = orientation
+    shown = np.array(ImageOps.exif_transpose(shown))
+    picture = read_picture(path)
+    assert picture.pixels.shape == shown.shape
+    wide = picture.pixels / (257 if '16' in suffix else 1)
+    assert np.abs(wide - shown).mean() < 3
+    write_picture(tmp_path / f'again{suffix}', picture)
+    again = read_picture(tmp_path / f'again{suffix}')
+    assert again.pixels.shape == shown.shape
+    assert again.exif.get(274, 1) == 1
+    assert suffix == '.tif' or again.exif[271] == 'maker'
+
+
+@pytest.mark.parametrize('suffix', ['.jpg', '.png', '.webp', '.tif', '.16.png', '.16.tif'])
+def test_profile_and_resolution_are_kept(model, tmp_path, profile, suffix):
+    kind = {'jpg': 'JPEG', 'png': 'PNG', 'webp': 'WEBP', 'tif': 'TIFF'}[suffix.rpartition('.')[2]]
+    pixels = textured(16, 24, 3, np.uint16 if '16' in suffix else np.uint8)
+    write_picture(tmp_path / f'i{suffix}', Picture(pixels, kind, profile, dpi=(300, 300)))
+    assert run(model, tmp_path / f'i{suffix}', '-o', tmp_path / 'out') == 0
+    found = read_picture(tmp_path / 'out' / f'i{suffix}')
+    assert found.icc == profile
+    assert suffix == '.webp' or found.dpi == pytest.approx((300, 300), abs=0.1)
+
+
+def test_progressive_jpeg(model, tmp_path):
+    Image.fromarray(textured(40, 40)).save(tmp_path / 'p.jpg', progressive=True)
+    assert run(model, tmp_path / 'p.jpg', '-o', tmp_path / 'out') == 0
+
+
+def encoded(kind, dtype=np.uint8, **options):
+    if dtype == np.uint16:
+        return cv2.imencode(f'.{kind.lower()}', textured(64, 64, 3, dtype))[1].tobytes()
+    stream = io.BytesIO()
+    Image.fromarray(textured(64, 64)).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def bomb():
+    """A small PNG that promises 40,000 x 40,000 pixels."""
+    header = b'IHDR' + struct.pack('>IIBBBBB', 40_000, 40_000, 8, 2, 0, 0, 0)
+    data = encoded('PNG')
+    return data[:12] + header + struct.pack('>I', zlib.crc32(header)) + data[33:]
+
+
+@pytest.mark.parametrize(
+    ('name', 'data', 'message'),
+    [
+        ('cut.png', encoded('PNG')[:-300], 'damaged'),
+        ('cut16.png', encoded('PNG', np.uint16)[:-3000], 'damaged'),
+        ('cut.jpg', encoded('JPEG')[:-300], 'damaged: image file is truncated'),
+        ('text.png', b'this is no picture', 'not a picture of .png, .jpg'),
+        ('zero.png', b'', 'the file is empty'),
+        ('bomb.png', bomb(), r'refused: Image size (1600000000 pixels) exceeds limit'),
+        (
+            'moving.webp',
+            encoded('WEBP', save_all=True, append_images=[Image.new('RGB', (64, 64))]),
+            'has 2 frames; expected a still picture',
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and '.' in value else '',
+)
+def test_a_bad_file_fails_by_name_and_the_others_are_done(model, tmp_path, capsys, name, data, message):
+    folder = tmp_path / 'in'
+    folder.mkdir()
+    (folder / name).write_bytes(data)
+    (folder / 'z.png').write_bytes(encoded('PNG'))
+    assert run(model, folder, '-o', tmp_path / 'out') == 1
+    said = capsys.readouterr()
+    assert message in said.err
+    assert name in said.err
+    assert '1 restored to' in said.out
+    assert '1 failed' in said.out
+    assert [p.name for p in (tmp_path / 'out').iterdir()] == ['z.png']
+
+
+def test_float_tiffs_are_refused(tmp_path):
+    tifffile.imwrite(tmp_path / 'f.tif', np.zeros((8, 8), np.float32))
+    with pytest.raises(UserError, match='expected 8 or 16 bits a channel, found mode F of 32 bits'):
+        read_picture(tmp_path / 'f.tif')
+
+
+def test_folders_trees_patterns_and_names(model, tmp_path, capsys):
+    for name in ('照片/一.png', '照片/sub/二.jpg', '照片/.hidden.png', '照片/notes.txt', 'empty/x.txt'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encoded('JPEG' if name.endswith('jpg') else 'PNG'))
+    out = tmp_path / '照片' / 'out'
+
+    def written():
+        return sorted(p.relative_to(out).as_posix() for p in out.rglob('*.*'))
+
+    assert run(model, tmp_path / '照片', '-o', out) == 0
+    assert written() == ['一.png']
+    assert run(model, tmp_path / '照片', '-r', '-o', out, '--overwrite') == 0
+    assert written() == ['sub/二.jpg', '一.png']
+    assert run(model, f'{tmp_path}/照片/sub/*.jpg', '-o', out) == 0
+    assert written() == ['sub/二.jpg', '一.png', '二.jpg']
+    assert run(model, tmp_path / 'empty', tmp_path / 'nowhere', '-o', out) == 1
+    said = capsys.readouterr().err
+    assert 'empty holds no pictures; -r looks into the folders below it.' in said
+    assert 'nowhere does not exist.' in said
+    assert run(model, tmp_path / '照片/一.png', tmp_path / '照片', '-o', tmp_path / 'two') == 0
+    (tmp_path / '一.png').write_bytes(encoded('PNG'))
+    assert run(model, tmp_path / '一.png', tmp_path / '照片/一.png', '-o', tmp_path / 'three') == 1
+    assert '一.png is written to' in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten_unless_asked(model, tmp_path, capsys):
+    source, target = tmp_path / 'a.png', tmp_path / 'out' / 'a_compare.png'
+    source.write_bytes(encoded('PNG'))
+    target.parent.mkdir()
+    target.write_bytes(b'mine')
+    assert run(model, source, '-o', tmp_path / 'out', '--compare') == 1
+    assert 'a_compare.png exists; --overwrite replaces it.' in capsys.readouterr().err
+    assert [p.name for p in target.parent.iterdir()] == ['a_compare.png']
+    assert target.read_bytes() == b'mine'
+    assert run(model, source, '-o', tmp_path, '--overwrite', '--compare') == 0
+    assert source.read_bytes() != encoded('PNG')
+    with pytest.raises(UserError, match='exists; --overwrite replaces it'):
+        write_picture(source, Picture(textured(4, 4), 'PNG'))
+
+
+def test_an_output_that_cannot_be_written(model, tmp_path, capsys, monkeypatch):
+    (tmp_path / 'a.png').write_bytes(encoded('PNG'))
+    (tmp_path / 'file').write_bytes(b'')
+    assert run(model, tmp_path / 'a.png', '-o', tmp_path / 'file' / 'below') == 1
+    assert 'a.png: ' in capsys.readouterr().err
+
+    def refuse(source, target):
+        raise PermissionError(13, 'Permission denied', str(target))
+
+    monkeypatch.setattr('cea_arch.pictures.os.replace', refuse)
+    assert run(model, tmp_path / 'a.png', '-o', tmp_path / 'out') == 1
+    assert 'Permission denied' in capsys.readouterr().err
+    assert list((tmp_path / 'out').iterdir()) == []
+
+
+@pytest.mark.parametrize('words', [(), ('--tile', '64', '--overlap', '16')])
+def test_comparison_and_maps(net, model, tmp_path, words):
+    (tmp_path / 'a.png').write_bytes(encoded('PNG'))
+    pixels = textured(64, 100, 4)
+    write_picture(tmp_path / 'b.png', Picture(pixels, 'PNG'))
+    assert run(model, tmp_path / 'b.png', '-o', tmp_path / 'out', '--compare', '--maps', *words) == 0
+    pair = read_picture(tmp_path / 'out' / 'b_compare.png').pixels
+    restored = read_picture(tmp_path / 'out' / 'b.png').pixels
+    assert np.array_equal(pair, np.concatenate([pixels[..., :3], restored[..., :3]], axis=1))
+    sheet = read_picture(tmp_path / 'out' / 'b_maps.png').pixels
+    assert sheet.shape == (3 * 72, 3 * 108, 3)  # eight components and an empty place, 4 pixels around each
+    assert sheet[:72, :108].std() > 1
+
+
+def test_maps_of_tiles_are_those_of_the_whole(net):
+    x = torch.rand(1, 3, 90, 110)
+    found = []
+    for tile, overlap in ((0, 32), (64, 16)):
+        restorer = Restorer(net, 'cpu', tile=tile, overlap=overlap)
+        restorer.maps = cea_arch.maps.RoutingMaps(net, 'decoder.1.0.cea')
+        restorer(x)
+        found.append(restorer.maps.maps)
+    assert found[0].shape == found[1].shape == (8, 45, 55)
+    assert torch.corrcoef(torch.stack([maps.flatten() for maps in found]))[0, 1] > 0.95
+    with pytest.raises(UserError, match=r"no CEA layer 'decoder.9.0.cea'. Did you mean 'decoder"):
+        cea_arch.maps.RoutingMaps(net, 'decoder.9.0.cea')
+    with pytest.raises(UserError, match='no CEA layer whose routing'):
+        cea_arch.maps.RoutingMaps(nn.Identity())
+
+
+@pytest.mark.parametrize('dtype', ['u1', 'u2', 'f4', 'f8'])
+@pytest.mark.parametrize('shape', [(20, 31), (20, 31, 1), (20, 31, 2), (20, 31, 3), (20, 31, 4)])
+def test_the_library_call_gives_what_it_got(net, dtype, shape):
+    peak = np.iinfo(dtype).max if dtype[0] == 'u' else 1
+    image = (np.random.default_rng(0).random(shape) * peak).astype(dtype)
+    before = image.copy()
+    out = cea_arch.restore(image, net, device='cpu')
+    assert out.dtype == image.dtype
+    assert out.shape == image.shape
+    assert np.array_equal(image, before)
+    assert 0.001 < np.abs(out.astype(float) - image).mean() / peak < 0.5
+    if shape[-1] in (2, 4):
+        assert np.array_equal(out[..., -1], image[..., -1])
+
+
+@pytest.mark.parametrize('image', [np.zeros((4, 4, 5), 'u1'), np.zeros((4, 0), 'u1'), np.zeros((4, 4), 'i4')])
+def test_what_is_no_image_is_refused(net, image):
+    with pytest.raises(UserError, match=r'expected an image \(H, W\)'):
+        cea_arch.restore(image, net, device='cpu')
+
+
+class Hungry(nn.Module):
+    """Has memory for so many pixels only."""
+
+    def __init__(self, pixels):
+        super().__init__()
+        self.pixels = pixels
+
+    def forward(self, x):
+        if x.shape[-2] * x.shape[-1] > self.pixels:
+            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate')
+        return x
+
+
+def test_out_of_memory_halves_the_tile_and_says_so():
+    x = torch.rand(1, 3, 200, 150)
+    with pytest.warns(UserWarning, match='out of memory') as said:
+        out = Restorer(Hungry(70 * 70), 'cpu', tile=0)(x)
+    torch.testing.assert_close(out, x)
+    assert [str(w.message) for w in said] == [
+        'out of memory for 150 x 200 pixels at once: trying tiles of 96.',
+        'out of memory for tiles of 96 pixels: trying smaller ones.',
+    ]
+    with (
+        pytest.warns(UserWarning, match='out of memory'),
+        pytest.raises(UserError, match='out of memory even for tiles of 64 pixels'),
+    ):
+        Restorer(Hungry(100), 'cpu', tile=128)(x)
+
+
+def test_other_errors_are_not_taken_for_memory():
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise RuntimeError('mat1 and mat2')
+
+    for tile in (0, 64):
+        with pytest.raises(RuntimeError, match='mat1 and mat2'):
+            Restorer(Broken(), 'cpu', tile=tile, overlap=16)(torch.rand(1, 3, 80, 80))
+
+
+def test_half_precision_falls_back_where_numbers_overflow(net):
+    x = torch.rand(1, 3, 33, 40)
+    exact = Restorer(net, 'cpu')(x)
+    assert (Restorer(net, 'cpu', 'bf16')(x) - exact).abs().mean() < 0.02
+
+    class Overflowing(nn.Module):
+        def forward(self, x):
+            return x * (torch.inf if torch.is_autocast_enabled('cpu') else 1)
+
+    with pytest.warns(UserWarning, match='not finite: going on in fp32'):
+        torch.testing.assert_close(Restorer(Overflowing(), 'cpu', 'fp16')(x), x)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'device': 'cuda:77'}, "device 'cuda:77' cannot be used"),
+        ({'precision': 'int8'}, "precision must be one of fp32, bf16, fp16, got 'int8'"),
+        ({'conditioning': 'none'}, "conditioning must be one of whole, tile, got 'none'"),
+        ({'tile': 'big'}, "tile must be auto or a number of pixels, got 'big'"),
+        ({'tile': 100}, 'tile must be a multiple of 16'),
+    ],
+)
+def test_bad_options_are_named(net, options, message):
+    with pytest.raises(UserError, match=message):
+        Restorer(net, **options)
+
+
+def test_a_network_that_changes_the_size_is_refused():
+    with pytest.raises(UserError, match='not one that restores at equal size'):
+        Restorer(nn.Upsample(scale_factor=2), 'cpu')(torch.rand(1, 3, 8, 8))
+
+
+def test_without_a_model_the_command_says_how_to_get_one(capsys, tmp_path):
+    (tmp_path / 'a.png').write_bytes(encoded('PNG'))
+    assert main(['restore', str(tmp_path / 'a.png')]) == 2
+    assert 'options/cea_demo.yml` trains one in minutes' in capsys.readouterr().err
+    assert not Path('restored').exists()

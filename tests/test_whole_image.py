@@ -1,0 +1,154 @@
+"""Tiles with the statistics of the whole image, against the whole image untiled."""
+
+import pytest
+import torch
+from test_ceanet import TINY, lively
+from torch import nn
+
+from cea_arch.archs.ceanet_arch import CEANet
+from cea_arch.errors import UserError
+from cea_arch.layers import CEALayer
+from cea_arch.layers.cea import merge_means
+from cea_arch.layers.transformer import ChannelAttention, merge_products
+from cea_arch.layers.whole_image import WholeImage
+from cea_arch.tiling import blend, bytes_per_pixel, check_tiles, choose_tile, halvings, restore_tiled, spans
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+def awake(conditioning, layout='bchw'):
+    layer = CEALayer(12, rank=4, width=8, conditioning=conditioning, layout=layout).double()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(torch.randn_like(p))
+    return layer
+
+
+@pytest.mark.parametrize('conditioning', ['cross_attention', 'pooled'])
+def test_statistics_of_parts_merge_to_those_of_the_whole(conditioning):
+    layer = awake(conditioning)
+    x = torch.randn(2, 12, 7, 9, dtype=torch.float64)
+    parts = [x[..., :2, :4], x[..., :2, 4:], x[..., 2:, :]]
+    merged = layer.statistics(parts[0])
+    for part in parts[1:]:
+        merged = merge_means(merged, layer.statistics(part))
+    torch.testing.assert_close(merged, layer.statistics(x), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(layer.adapter.components(merged[0], x.dtype), layer.condition(x), rtol=1e-9, atol=1e-11)
+
+
+def test_large_logits_merge_without_overflow():
+    one, other = ((torch.ones(1, 1), torch.tensor([[800.0]])), (torch.zeros(1, 1), torch.tensor([[-800.0]])))
+    mean, log_weight = merge_means(one, other)
+    assert mean.item() == 1
+    assert log_weight.item() == 800
+
+
+def test_channel_statistics_of_parts_merge_to_those_of_the_whole():
+    attention = ChannelAttention(8, 2).double()
+    qkv = torch.randn(2, 24, 5, 6, dtype=torch.float64)
+    merged = merge_products(attention.statistics(qkv[..., :4]), attention.statistics(qkv[..., 4:]))
+    torch.testing.assert_close(merged, attention.statistics(qkv), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize('layout', ['bchw', 'bhwc'])
+def test_a_layers_tiles_share_the_components_of_the_whole_image(layout):
+    net = nn.Sequential(awake('cross_attention', layout))
+    x = torch.randn(1, 12, 32, 48, dtype=torch.float64)
+    x = x if layout == 'bchw' else x.permute(0, 2, 3, 1)
+    tiles = [(slice(0, 24), slice(0, 16)), (slice(8, 32), slice(8, 24))]  # rows of the image; the core within them
+    picks = [(0, slice(None), s) if layout == 'bchw' else (0, s) for s, _ in tiles]
+    with WholeImage(net) as whole:
+        for (_, core), pick in zip(tiles, picks):
+            with whole.collecting((core, slice(0, 48)), (24, 48)):
+                net(x[pick][None])
+        whole.merge()
+        shared = [net(x[pick][None])[0] for pick in picks]
+    expected = [net(x)[pick] for pick in picks]
+    torch.testing.assert_close(shared, expected, rtol=1e-9, atol=1e-10)
+    assert not net[0]._forward_pre_hooks
+
+
+@pytest.mark.parametrize('size', [(137, 64), (71, 203)])
+def test_tiles_with_the_whole_images_statistics_equal_untiled(size):
+    net = lively(CEANet(**TINY, cea_stages=['encoder', 'latent', 'decoder', 'refinement']))
+    x = torch.rand(1, 3, *size)
+    x[..., : size[1] // 2] *= 0.2  # so that tiles differ
+    with torch.no_grad():
+        expected = net(x)
+        with WholeImage(net) as whole:
+            shared = restore_tiled(net, whole, x, 128, 32)
+        own = restore_tiled(net, None, x, 128, 32)
+    error, own_error = ((out - expected).square().mean() for out in (shared, own))
+    assert error < 2e-3 * (expected - x).square().mean()
+    assert error < own_error / 50
+    assert (net(x) - expected).abs().max() == 0  # the network is as it was
+
+
+def test_each_sweep_comes_closer():
+    net = lively(CEANet(**TINY))
+    x = torch.rand(1, 3, 160, 160) * torch.linspace(0.1, 1, 160)
+    with torch.no_grad():
+        expected = net(x)
+        errors = []
+        with WholeImage(net) as whole:
+            for _ in range(3):
+                out = torch.zeros_like(x)
+                for a, b, core in ((0, 112, slice(0, 80)), (48, 160, slice(32, 112))):
+                    with whole.collecting((slice(0, 160), core), (160, 112)):
+                        tile = net(x[..., a:b])
+                    out[..., a:b][..., core] = tile[..., core]
+                whole.merge()
+                errors.append((out - expected).abs().mean().item())
+    assert errors[1] < errors[0] / 2
+    assert errors[2] < errors[1] / 2
+
+
+def test_a_network_without_global_statistics_needs_no_sweep():
+    calls = []
+    net = nn.Identity()
+    x = torch.rand(1, 3, 100, 90)
+    with WholeImage(net) as whole:
+        assert not whole
+        out = restore_tiled(lambda t: calls.append(1) or net(t), whole, x, 64, 16)
+    assert len(calls) == len(spans(100, 64, 16)) * len(spans(90, 64, 16))
+    torch.testing.assert_close(out, x)
+
+
+@pytest.mark.parametrize('length', [1, 63, 64, 65, 97, 128, 130, 1000])
+@pytest.mark.parametrize(('tile', 'overlap'), [(64, 0), (64, 16), (128, 32), (256, 64)])
+def test_spans_cover_each_pixel_once_and_blending_adds_up(length, tile, overlap):
+    total = torch.zeros(length)
+    found = spans(length, tile, overlap)
+    for span in found:
+        assert span.stop - span.start <= tile
+        assert span.start % 16 == 0
+        total[span.start : span.stop] += blend(span, length, overlap)
+    torch.testing.assert_close(total, torch.ones(length))
+    assert [s.core_start for s in found[1:]] == [s.core_stop for s in found[:-1]]
+    assert (found[0].core_start, found[-1].core_stop) == (0, length)
+
+
+@pytest.mark.parametrize(
+    ('tile', 'overlap', 'message'),
+    [
+        (100, 32, 'tile must be a multiple of 16 pixels, got 100'),
+        (128, 5, 'overlap must be a multiple of 16 pixels, got 5'),
+        (-16, 0, 'tile must be a multiple of 16 pixels, got -16'),
+        (48, 0, 'tile must be at least 64 and four times the overlap of 0, got 48'),
+        (112, 32, 'four times the overlap of 32, got 112'),
+    ],
+)
+def test_impossible_tiles_are_named(tile, overlap, message):
+    with pytest.raises(UserError, match=message):
+        check_tiles(tile, overlap)
+
+
+def test_tile_follows_memory(monkeypatch):
+    net, cpu = lively(CEANet(**TINY)), torch.device('cpu')
+    per_pixel = bytes_per_pixel(net, cpu)
+    assert 100 < per_pixel < 5000
+    monkeypatch.setattr('cea_arch.tiling._free_memory', lambda: 2 * per_pixel * 200 * 200)
+    assert choose_tile(net, 200, 200, cpu) == 0
+    assert choose_tile(net, 201, 200, cpu) == 192
+    assert list(halvings(256, 32)) == [(256, 32), (128, 32), (64, 16)]
+    assert list(halvings(96, 32)) == [(96, 16), (64, 16)]
