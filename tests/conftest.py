@@ -155,3 +155,17 @@ def workplace(tmp_path, photograph, monkeypatch):
     }
     monkeypatch.chdir(tmp_path)
     return tmp_path, opt
+
+
+@pytest.fixture(scope='session')
+def small_net():
+    """A small CEANet that changes a picture visibly."""
+    from test_ceanet import TINY, lively
+
+    from cea_arch.archs.ceanet_arch import CEANet
+
+    torch.manual_seed(0)
+    net = lively(CEANet(**TINY))
+    with torch.no_grad():
+        net.output.weight.mul_(0.05 / net(torch.rand(1, 3, 32, 32)).std())  # a change that can be seen, not noise
+    return net

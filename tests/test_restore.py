@@ -1,4 +1,4 @@
-"""`cea restore` and `cea_arch.restore`: odd inputs one by one, options, failures."""
+"""`cea restore`: odd inputs one by one, options, failures."""
 
 import io
 import struct
@@ -11,34 +11,21 @@ import pytest
 import tifffile
 import torch
 from PIL import Image, ImageCms, ImageOps
-from test_ceanet import TINY, lively
-from torch import nn
+from test_ceanet import TINY
 
-import cea_arch
-from cea_arch.archs.ceanet_arch import CEANet
 from cea_arch.checkpoints import write_checkpoint
 from cea_arch.cli import main
 from cea_arch.errors import UserError
 from cea_arch.pictures import Picture, read_picture, write_picture
-from cea_arch.restore import Restorer
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 OPTIONS = {'type': 'CEANet', **TINY}
 
 
 @pytest.fixture(scope='module')
-def net():
-    torch.manual_seed(0)
-    net = lively(CEANet(**TINY))
-    with torch.no_grad():
-        net.output.weight.mul_(0.05 / net(torch.rand(1, 3, 32, 32)).std())  # a change that can be seen, not noise
-    return net
-
-
-@pytest.fixture(scope='module')
-def model(net, tmp_path_factory):
+def model(small_net, tmp_path_factory):
     path = tmp_path_factory.mktemp('model') / 'net.pth'
-    write_checkpoint({'params': net.state_dict(), 'network_g': OPTIONS}, path)
+    write_checkpoint({'params': small_net.state_dict(), 'network_g': OPTIONS}, path)
     return str(path)
 
 
@@ -59,13 +46,13 @@ def run(model, *words):
     return main(['restore', '-m', model, *map(str, words)])
 
 
-def expected(net, pixels):
+def expected(small_net, pixels):
     """What the network makes of a picture, by the shortest way."""
     peak = np.iinfo(pixels.dtype).max
     grey = pixels.ndim == 2
     rgb = np.stack([pixels] * 3, -1) if grey else pixels
     with torch.no_grad():
-        out = net(torch.from_numpy(rgb.astype(np.float32) / peak).permute(2, 0, 1)[None]).clamp(0, 1)[0]
+        out = small_net(torch.from_numpy(rgb.astype(np.float32) / peak).permute(2, 0, 1)[None]).clamp(0, 1)[0]
     out = (out.mean(0) if grey else out.permute(1, 2, 0)).numpy() * peak
     return np.round(out)
 
@@ -73,7 +60,7 @@ def expected(net, pixels):
 @pytest.mark.parametrize('size', [(1, 1), (7, 5), (1, 3000), (64, 49)])
 @pytest.mark.parametrize('channels', [1, 3])
 @pytest.mark.parametrize(('dtype', 'suffix'), [('u1', '.png'), ('u1', '.bmp'), ('u2', '.png'), ('u2', '.tif')])
-def test_sizes_and_depths(net, model, tmp_path, size, channels, dtype, suffix):
+def test_sizes_and_depths(small_net, model, tmp_path, size, channels, dtype, suffix):
     pixels = textured(*size, channels, np.dtype(dtype)).reshape(size + (3,) * (channels == 3))
     source = tmp_path / f'a{suffix}'
     assert cv2.imwrite(str(source), pixels[..., ::-1] if channels == 3 else pixels)
@@ -81,13 +68,13 @@ def test_sizes_and_depths(net, model, tmp_path, size, channels, dtype, suffix):
     found = read_picture(tmp_path / 'out' / source.name).pixels
     assert found.dtype == pixels.dtype
     assert found.shape == pixels.shape
-    assert np.abs(found - expected(net, pixels)).max() <= 1
+    assert np.abs(found - expected(small_net, pixels)).max() <= 1
     assert not np.array_equal(found, pixels)
 
 
 @pytest.mark.parametrize('mode', ['LA', 'RGBA'])
 @pytest.mark.parametrize(('depth', 'suffix'), [('u1', '.png'), ('u2', '.png'), ('u1', '.webp'), ('u2', '.tif')])
-def test_alpha_is_untouched(net, model, tmp_path, mode, depth, suffix):
+def test_alpha_is_untouched(small_net, model, tmp_path, mode, depth, suffix):
     if mode == 'LA' and suffix != '.png':
         pytest.skip('WebP has no grey, Pillow opens no 16-bit TIFF of grey and alpha')
     pixels = textured(20, 30, len(mode), np.dtype(depth))
@@ -99,7 +86,7 @@ def test_alpha_is_untouched(net, model, tmp_path, mode, depth, suffix):
     assert found.dtype == pixels.dtype
     assert np.array_equal(found[..., -1], pixels[..., -1])
     colours = source[..., 0] if mode == 'LA' else source[..., :3]
-    error = np.abs(found[..., : len(mode) - 1].squeeze() - expected(net, colours))
+    error = np.abs(found[..., : len(mode) - 1].squeeze() - expected(small_net, colours))
     assert error.mean() <= (12 if suffix == '.webp' else 1)
 
 
@@ -112,12 +99,12 @@ def test_palette_with_transparency(model, tmp_path):
         assert np.array_equal(found.getchannel('A'), source.convert('RGBA').getchannel('A'))
 
 
-def test_cmyk_jpeg_becomes_rgb(net, model, tmp_path):
+def test_cmyk_jpeg_becomes_rgb(small_net, model, tmp_path):
     Image.fromarray(textured(32, 48)).convert('CMYK').save(tmp_path / 'c.jpg', quality=95)
     assert run(model, tmp_path / 'c.jpg', '-o', tmp_path / 'out') == 0
     with Image.open(tmp_path / 'c.jpg') as source, Image.open(tmp_path / 'out' / 'c.jpg') as found:
         assert found.mode == 'RGB'
-        assert np.abs(np.array(found) - expected(net, np.array(source.convert('RGB')))).mean() < 5
+        assert np.abs(np.array(found) - expected(small_net, np.array(source.convert('RGB')))).mean() < 5
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
@@ -275,7 +262,7 @@ def test_an_output_that_cannot_be_written(model, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize('words', [(), ('--tile', '64', '--overlap', '16')])
-def test_comparison_and_maps(net, model, tmp_path, words):
+def test_comparison_and_maps(small_net, model, tmp_path, words):
     (tmp_path / 'a.png').write_bytes(encoded('PNG'))
     pixels = textured(64, 100, 4)
     write_picture(tmp_path / 'b.png', Picture(pixels, 'PNG'))
@@ -286,115 +273,6 @@ def test_comparison_and_maps(net, model, tmp_path, words):
     sheet = read_picture(tmp_path / 'out' / 'b_maps.png').pixels
     assert sheet.shape == (3 * 72, 3 * 108, 3)  # eight components and an empty place, 4 pixels around each
     assert sheet[:72, :108].std() > 1
-
-
-def test_maps_of_tiles_are_those_of_the_whole(net):
-    x = torch.rand(1, 3, 90, 110)
-    found = []
-    for tile, overlap in ((0, 32), (64, 16)):
-        restorer = Restorer(net, 'cpu', tile=tile, overlap=overlap)
-        restorer.maps = cea_arch.maps.RoutingMaps(net, 'decoder.1.0.cea')
-        restorer(x)
-        found.append(restorer.maps.maps)
-    assert found[0].shape == found[1].shape == (8, 45, 55)
-    assert torch.corrcoef(torch.stack([maps.flatten() for maps in found]))[0, 1] > 0.95
-    with pytest.raises(UserError, match=r"no CEA layer 'decoder.9.0.cea'. Did you mean 'decoder"):
-        cea_arch.maps.RoutingMaps(net, 'decoder.9.0.cea')
-    with pytest.raises(UserError, match='no CEA layer whose routing'):
-        cea_arch.maps.RoutingMaps(nn.Identity())
-
-
-@pytest.mark.parametrize('dtype', ['u1', 'u2', 'f4', 'f8'])
-@pytest.mark.parametrize('shape', [(20, 31), (20, 31, 1), (20, 31, 2), (20, 31, 3), (20, 31, 4)])
-def test_the_library_call_gives_what_it_got(net, dtype, shape):
-    peak = np.iinfo(dtype).max if dtype[0] == 'u' else 1
-    image = (np.random.default_rng(0).random(shape) * peak).astype(dtype)
-    before = image.copy()
-    out = cea_arch.restore(image, net, device='cpu')
-    assert out.dtype == image.dtype
-    assert out.shape == image.shape
-    assert np.array_equal(image, before)
-    assert 0.001 < np.abs(out.astype(float) - image).mean() / peak < 0.5
-    if shape[-1] in (2, 4):
-        assert np.array_equal(out[..., -1], image[..., -1])
-
-
-@pytest.mark.parametrize('image', [np.zeros((4, 4, 5), 'u1'), np.zeros((4, 0), 'u1'), np.zeros((4, 4), 'i4')])
-def test_what_is_no_image_is_refused(net, image):
-    with pytest.raises(UserError, match=r'expected an image \(H, W\)'):
-        cea_arch.restore(image, net, device='cpu')
-
-
-class Hungry(nn.Module):
-    """Has memory for so many pixels only."""
-
-    def __init__(self, pixels):
-        super().__init__()
-        self.pixels = pixels
-
-    def forward(self, x):
-        if x.shape[-2] * x.shape[-1] > self.pixels:
-            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate')
-        return x
-
-
-def test_out_of_memory_halves_the_tile_and_says_so():
-    x = torch.rand(1, 3, 200, 150)
-    with pytest.warns(UserWarning, match='out of memory') as said:
-        out = Restorer(Hungry(70 * 70), 'cpu', tile=0)(x)
-    torch.testing.assert_close(out, x)
-    assert [str(w.message) for w in said] == [
-        'out of memory for 150 x 200 pixels at once: trying tiles of 96.',
-        'out of memory for tiles of 96 pixels: trying smaller ones.',
-    ]
-    with (
-        pytest.warns(UserWarning, match='out of memory'),
-        pytest.raises(UserError, match='out of memory even for tiles of 64 pixels'),
-    ):
-        Restorer(Hungry(100), 'cpu', tile=128)(x)
-
-
-def test_other_errors_are_not_taken_for_memory():
-    class Broken(nn.Module):
-        def forward(self, x):
-            raise RuntimeError('mat1 and mat2')
-
-    for tile in (0, 64):
-        with pytest.raises(RuntimeError, match='mat1 and mat2'):
-            Restorer(Broken(), 'cpu', tile=tile, overlap=16)(torch.rand(1, 3, 80, 80))
-
-
-def test_half_precision_falls_back_where_numbers_overflow(net):
-    x = torch.rand(1, 3, 33, 40)
-    exact = Restorer(net, 'cpu')(x)
-    assert (Restorer(net, 'cpu', 'bf16')(x) - exact).abs().mean() < 0.02
-
-    class Overflowing(nn.Module):
-        def forward(self, x):
-            return x * (torch.inf if torch.is_autocast_enabled('cpu') else 1)
-
-    with pytest.warns(UserWarning, match='not finite: going on in fp32'):
-        torch.testing.assert_close(Restorer(Overflowing(), 'cpu', 'fp16')(x), x)
-
-
-@pytest.mark.parametrize(
-    ('options', 'message'),
-    [
-        ({'device': 'cuda:77'}, "device 'cuda:77' cannot be used"),
-        ({'precision': 'int8'}, "precision must be one of fp32, bf16, fp16, got 'int8'"),
-        ({'conditioning': 'none'}, "conditioning must be one of whole, tile, got 'none'"),
-        ({'tile': 'big'}, "tile must be auto or a number of pixels, got 'big'"),
-        ({'tile': 100}, 'tile must be a multiple of 16'),
-    ],
-)
-def test_bad_options_are_named(net, options, message):
-    with pytest.raises(UserError, match=message):
-        Restorer(net, **options)
-
-
-def test_a_network_that_changes_the_size_is_refused():
-    with pytest.raises(UserError, match='not one that restores at equal size'):
-        Restorer(nn.Upsample(scale_factor=2), 'cpu')(torch.rand(1, 3, 8, 8))
 
 
 def test_without_a_model_the_command_says_how_to_get_one(capsys, tmp_path):
