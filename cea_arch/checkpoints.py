@@ -130,6 +130,11 @@ def network_options(content: Mapping[str, Any], path: str | os.PathLike) -> dict
     )
 
 
+def holds_layers_alone(weights: Mapping[str, Tensor]) -> bool:
+    """Whether these are CEA layers without their base, as a run with a frozen base stores them."""
+    return all('.cea.' in name for name in weights)
+
+
 def load_network(path: str | os.PathLike) -> nn.Module:
     """The network that a file holds, with its weights, in evaluation mode.
 
@@ -138,6 +143,8 @@ def load_network(path: str | os.PathLike) -> nn.Module:
     """
     content = read_checkpoint(path)
     weights = weights_of(content, path)
+    if holds_layers_alone(weights):
+        raise UserError(f'{path} holds CEA layers alone; `cea merge base.pth {path} whole.pth` makes a whole file.')
     options = network_options(content, path)
     net = build_network(options)
     check_fit(net.state_dict(), weights, f'{path} does not fit {options.get("type")}')

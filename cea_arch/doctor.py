@@ -11,7 +11,15 @@ from pathlib import Path
 import torch
 
 import cea_arch
-from cea_arch.checkpoints import WEIGHT_KEYS, build_network, check_fit, network_options, read_checkpoint, weights_of
+from cea_arch.checkpoints import (
+    WEIGHT_KEYS,
+    build_network,
+    check_fit,
+    holds_layers_alone,
+    network_options,
+    read_checkpoint,
+    weights_of,
+)
 from cea_arch.compat import HAS_BASICSR, REMEDY, REPLACEMENTS
 
 PACKAGES = ('torch', 'torchvision', 'numpy', 'opencv-python', 'pillow', 'scikit-image', 'lmdb', 'tqdm')
@@ -54,9 +62,10 @@ def show_weights(args: argparse.Namespace) -> None:
     told = isinstance(content.get('network_g'), dict)
     options = network_options(content, args.file)
     print(f'network: {options} ({"said by the file" if told else "recognised by its shapes"})')
-    with torch.device('meta'):
-        net = build_network(options)
-    check_fit(net.state_dict(), weights, f'{args.file} does not fit {options.get("type")}')
+    if holds_layers_alone(weights):
+        print('CEA layers alone: `cea merge` makes a whole file of them and their base.')
+    else:
+        check_fit(build_network(options).state_dict(), weights, f'{args.file} does not fit {options.get("type")}')
     for key, value in content.items():
         if key not in (*WEIGHT_KEYS, 'network_g') and key not in weights:
             print(f'{key}: {value}')

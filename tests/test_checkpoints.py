@@ -129,6 +129,27 @@ def test_networks_of_the_registry():
         build_network({'type': 'Nothing'})
 
 
+def test_a_frozen_runs_layers_are_told_from_a_whole_network(tmp_path, capsys):
+    base = {'type': 'SwinIR', 'upscale': 1, 'window_size': 8, 'embed_dim': 8, 'depths': [1], 'num_heads': [2]}
+    base |= {'img_size': 16, 'drop_path_rate': 0.0}
+    options = {'type': 'WithCEA', 'base': base, 'rank': 2, 'width': 4, 'num_heads': 1}
+    torch.manual_seed(0)
+    net = build_network(options)
+    layers = {name: value for name, value in net.state_dict().items() if '.cea.' in name}
+    write_checkpoint({'params': layers, 'network_g': options}, tmp_path / 'cea.pth')
+    plain = {name: value for name, value in net.base.state_dict().items() if '.cea.' not in name}
+    write_checkpoint({'params': plain}, tmp_path / 'base.pth')
+    assert main(['info', str(tmp_path / 'cea.pth')]) == 0
+    assert 'CEA layers alone: `cea merge`' in capsys.readouterr().out
+    with pytest.raises(UserError, match=r'cea\.pth holds CEA layers alone; `cea merge'):
+        load_network(tmp_path / 'cea.pth')
+    whole = str(tmp_path / 'whole.pth')
+    assert main(['merge', str(tmp_path / 'base.pth'), str(tmp_path / 'cea.pth'), whole]) == 0
+    assert main(['info', whole]) == 0
+    x = torch.rand(1, 3, 16, 16)
+    assert torch.equal(load_network(whole)(x), net.eval()(x))
+
+
 def test_without_basicsr_other_networks_are_refused(monkeypatch):
     monkeypatch.setattr('cea_arch.checkpoints.HAS_BASICSR', False)
     with pytest.raises(UserError, match="network 'EDSR' needs basicsr"):
