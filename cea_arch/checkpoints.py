@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cea_arch.archs.ceanet_arch import SIZES, CEANet
 from cea_arch.compat import ARCH_REGISTRY, HAS_BASICSR
 from cea_arch.errors import UserError, lookup
+from cea_arch.files import written_beside
 
 WEIGHT_KEYS = ('params_ema', 'params')
 PREFIXES = ('module.', '_orig_mod.')  # DataParallel and torch.compile leave them before every name
@@ -180,19 +181,16 @@ def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike) -> Non
     Raises:
         UserError: It cannot be written, as when the disk is full; what was at ``path`` is still there.
     """
-    aside = Path(f'{path}.{os.getpid()}.tmp')
     try:
-        if Path(path).suffix == '.safetensors':
-            weights = {name: value.contiguous() for name, value in weights_of(content, path).items()}
-            rest = {key: value for key, value in content.items() if key not in WEIGHT_KEYS and key not in weights}
-            _safetensors('torch').save_file(weights, aside, metadata={METADATA_KEY: json.dumps(rest)})
-        else:
-            torch.save(dict(content), aside)
-        aside.replace(path)
+        with written_beside(path) as aside:
+            if Path(path).suffix == '.safetensors':
+                weights = {name: value.contiguous() for name, value in weights_of(content, path).items()}
+                rest = {key: value for key, value in content.items() if key not in WEIGHT_KEYS and key not in weights}
+                _safetensors('torch').save_file(weights, aside, metadata={METADATA_KEY: json.dumps(rest)})
+            else:
+                torch.save(dict(content), aside)
     except (OSError, RuntimeError) as error:  # torch raises the latter where the disk is full
         raise UserError(f'{path} could not be written: {error}') from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _merged(base: dict[str, Tensor], cea: dict[str, Tensor], base_path: str, cea_path: str) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cea_arch.checkpoints import default_model, load_network
 from cea_arch.errors import UserError
+from cea_arch.files import written_beside
 
 SIZES = ((16, 24), (33, 40), (64, 47), (17, 90), (8, 8))  # height, width: odd and even, other than the traced one
 TRACED_SIZE = (40, 48)
@@ -58,15 +59,11 @@ def export_onnx(net: nn.Module, path: str | os.PathLike, overwrite: bool = False
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # the exporter's, about its own future
         traced = torch.onnx.export(program, input_names=['lq'], output_names=['restored'], verbose=False, dynamo=True)
-    aside = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    try:
+    with written_beside(path) as aside:
         traced.save(aside, external_data=False)  # one file
         error = _largest_difference(net, _reader(aside))
         if not error <= TOLERANCE:
             raise UserError(f'{path}: what was exported differs by {error:.1e}, more than {TOLERANCE}; it is not kept.')
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
     return error
 
 

@@ -1,7 +1,6 @@
 """Picture files in and out, with what belongs to them: depth, alpha, orientation, colour profile, EXIF."""
 
 import io
-import os
 import struct
 import warnings
 import zlib
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from cea_arch.errors import UserError
+from cea_arch.files import written_beside
 
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'TIFF', 'BMP')
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.tif', '.tiff', '.bmp')
@@ -82,13 +82,8 @@ def write_picture(path: Path, picture: Picture, overwrite: bool = False) -> None
         raise UserError(f'{path} exists; --overwrite replaces it.')
     data = _encode(picture)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    try:
+    with written_beside(path) as aside:
         aside.write_bytes(data)
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
 
 
 def as_rgb8(pixels: np.ndarray) -> np.ndarray:

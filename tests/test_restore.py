@@ -255,7 +255,7 @@ def test_an_output_that_cannot_be_written(model, tmp_path, capsys, monkeypatch):
     def refuse(source, target):
         raise PermissionError(13, 'Permission denied', str(target))
 
-    monkeypatch.setattr('cea_arch.pictures.os.replace', refuse)
+    monkeypatch.setattr('cea_arch.files.os.replace', refuse)
     assert run(model, tmp_path / 'a.png', '-o', tmp_path / 'out') == 1
     assert 'Permission denied' in capsys.readouterr().err
     assert list((tmp_path / 'out').iterdir()) == []

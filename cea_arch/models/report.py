@@ -3,13 +3,13 @@
 import csv
 import io
 import json
-import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from cea_arch.files import written_beside
 from cea_arch.metrics.protocols import PROTOCOLS
 from cea_arch.metrics.psnr_ssim_metric import uint8_bgr
 
@@ -167,6 +167,5 @@ def write_picture(path: Path, img: np.ndarray) -> None:
 
 def write_beside(path: Path, data: bytes) -> None:
     """Write a file so that the path never holds half of it."""
-    aside = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    aside.write_bytes(data)
-    os.replace(aside, path)
+    with written_beside(path) as aside:
+        aside.write_bytes(data)
