@@ -84,8 +84,8 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     report.add_argument('--published', metavar='BENCHMARK', help='add the published rows: aio3, aio5 or cdd11')
 
 
-def _run_pipeline(args: argparse.Namespace) -> None:
-    importlib.import_module('cea_arch.pipeline').run(args)
+def _run_pipeline(args: argparse.Namespace) -> int:
+    return importlib.import_module('cea_arch.pipeline').run(args)
 
 
 def _score(args: argparse.Namespace) -> None:

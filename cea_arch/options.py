@@ -208,7 +208,7 @@ def _check_dataset(phase: str, options: dict[str, Any], opt: dict[str, Any]) -> 
         parts = positive_int((opt.get('train') or {}).get('accumulate', 1), 'train.accumulate')
         if parts > batch:
             raise UserError(f'train.accumulate: a batch of {batch} on each device cannot be computed in {parts} parts.')
-        batch *= max(opt['num_gpu'], 1)
+        batch *= opt['world_size'] if opt['dist'] else max(opt['num_gpu'], 1)
         samples = len(dataset) * options.get('dataset_enlarge_ratio', 1)
         if batch > samples:
             raise UserError(

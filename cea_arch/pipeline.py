@@ -27,17 +27,41 @@ from basicsr.utils import check_resume, set_random_seed
 from torch.utils.data import Dataset
 
 import cea_arch
+from cea_arch import distributed
 from cea_arch.data.replay import ReplayDataset, ReplaySampler, start_worker
 from cea_arch.errors import UserError
 from cea_arch.models.cea_model import CEAModel
+from cea_arch.models.training_step import TrainingStopped
 from cea_arch.options import check_options, read_options
 
 _ABSENT = object()
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
-def run(args: Namespace) -> None:
-    """Train or test (``args.command``) as the option file ``args.opt`` says, below the folder ``args.root``."""
+def run(args: Namespace) -> int:
+    """Train or test (``args.command``) as the option file ``args.opt`` says, below the folder ``args.root``.
+
+    What ends all processes at once is raised in the first one alone; the others return the exit code.
+    """
+    try:
+        _run_here(args)
+    except (KeyboardInterrupt, TrainingStopped) as reason:
+        if distributed.rank() == 0:
+            raise
+        return 2 if isinstance(reason, TrainingStopped) else 130
+    except RuntimeError as error:
+        if not distributed.is_lost(error):
+            raise
+        raise UserError(
+            f'process {distributed.rank()} of {distributed.size()} has lost another one, whose own output may say why. '
+            f'The same command with --auto_resume goes on from the last checkpoint. ({str(error).splitlines()[0]})'
+        ) from error
+    finally:
+        distributed.stop()
+    return 0
+
+
+def _run_here(args: Namespace) -> None:
     opt = read_options(args.opt)
     module = importlib.import_module(f'basicsr.{args.command}')
     options_module = importlib.import_module('basicsr.utils.options')
@@ -45,6 +69,7 @@ def run(args: Namespace) -> None:
         (options_module, 'ordered_yaml', lambda: (None, None)),
         (options_module, 'yaml', SimpleNamespace(load=lambda file, Loader: deepcopy(opt))),
         (options_module, 'print', lambda *words, **options: None),  # 'Disable distributed.'
+        (options_module, 'init_dist', lambda launcher, **_: _start(launcher, opt)),
         (module, 'parse_options', _checked(module.parse_options)),
         (module, 'get_env_info', _environment),
         (sys, 'argv', _arguments(args)),
@@ -52,7 +77,7 @@ def run(args: Namespace) -> None:
     if args.command == 'train':
         resumed = {}
         changes += [
-            (module, 'load_resume_state', lambda opt: resumed.setdefault('state', load_resume_state(opt))),
+            (module, 'load_resume_state', lambda opt: resumed.setdefault('state', _agreed_state(opt))),
             (module, 'EnlargedSampler', ReplaySampler),
             (module, 'create_train_val_dataloader', _exact(module, resumed)),
         ]
@@ -91,6 +116,22 @@ def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
+def _agreed_state(opt: dict[str, Any]) -> dict[str, Any] | None:
+    """The state to go on from, the same one in all processes."""
+    state = load_resume_state(opt)
+    found = distributed.gather(state and state['iter'])
+    if len(set(found)) > 1:
+        raise UserError(
+            f'the processes found different training states, of iterations {found}: the folder experiments must be one '
+            'that all machines share.'
+        )
+    return state
+
+
+def _start(launcher: str, opt: dict[str, Any]) -> None:
+    distributed.start(launcher, torch.cuda.is_available() and opt['num_gpu'] != 0, **opt.get('dist_params') or {})
+
+
 def _arguments(args: Namespace) -> list[str]:
     """The command line that BasicSR's parser understands."""
     argv = [f'cea {args.command}', '-opt', args.opt, '--launcher', args.launcher]
@@ -102,7 +143,8 @@ def _checked(parse_options: Callable) -> Callable:
     def parse(root_path: str, is_train: bool = True) -> tuple[dict[str, Any], Namespace]:
         opt, args = parse_options(root_path, is_train)
         set_random_seed(opt['manual_seed'] + opt['rank'])  # BasicSR seeds before --force_yml has its say
-        check_options(opt)
+        with distributed.together():
+            check_options(opt)
         return opt, args
 
     return parse
@@ -140,7 +182,7 @@ def _stopping_on_signals() -> Iterator[None]:
     """Ctrl-C and SIGTERM have :class:`CEAModel` save and end after the current step; a second one ends it at once."""
 
     def ask(number: int, frame: object) -> None:
-        if CEAModel.stop_asked:
+        if CEAModel.stop_asked and distributed.size() == 1:  # launchers repeat what the terminal sent
             raise KeyboardInterrupt
         CEAModel.stop_asked = signal.Signals(number).name
 

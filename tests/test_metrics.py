@@ -140,6 +140,7 @@ def test_report_puts_results_beside_published_figures(tmp_path, capsys):
     sets = ('SOTS', 'Rain100L', 'CBSD68_sigma15', 'CBSD68_sigma25', 'CBSD68_sigma50')
     for number, name in enumerate(sets):
         report.add(name, 1, SetResult('AIO-3', None, [{'image': 'i', 'psnr': 30.0 + number, 'ssim': 0.9}]))
+    report.write()
     path = str(tmp_path / 'results.json')
     assert main(['report', path, '--published', 'aio3']) == 0
     lines = capsys.readouterr().out.splitlines()

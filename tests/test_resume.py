@@ -5,14 +5,13 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from processes import finish, launch, said
 from test_training import log_of, train
 
 from cea_arch.checkpoints import write_checkpoint
@@ -84,21 +83,16 @@ def test_signals_save_the_current_iteration(workplace, number):
     opt['logger'] |= {'save_checkpoint_freq': 1000}
     opt['datasets']['train']['num_worker_per_gpu'] = 1
     (folder / 'o.yml').write_text(json.dumps(opt))
-    command = [sys.executable, '-m', 'cea_arch.train', '-opt', 'o.yml']
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    process = subprocess.Popen(
-        command, cwd=folder, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
+    (process,) = launch(folder, 'train', '-opt', 'o.yml')
     deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
+    while process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.2)
         logs = list((folder / 'experiments/run').glob('train_*.log'))
         if logs and 'iter:       2' in logs[0].read_text():
             break
     os.killpg(process.pid, number)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, said
-    last = int(re.search(rf'Stopped by {number.name} after iteration (\d+); saved', said)[1])
+    assert finish([process], 60) == [130], said(folder)
+    last = int(re.search(rf'Stopped by {number.name} after iteration (\d+); saved', said(folder))[1])
     assert (folder / f'experiments/run/training_states/{last}.state').is_file()
     opt['train']['total_iter'] = last + 1
     assert train(folder, opt, '--auto_resume') == 0
@@ -108,9 +102,7 @@ def test_signals_save_the_current_iteration(workplace, number):
 def start(folder, opt, *flags):
     """Train in a process of its own: what is compared bit for bit must have the same number of threads."""
     (folder / 'o.yml').write_text(json.dumps(opt))
-    command = [sys.executable, '-m', 'cea_arch.train', '-opt', 'o.yml', *flags]
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    return subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL, env=environment)
+    return launch(folder, 'train', '-opt', 'o.yml', *flags)
 
 
 def test_kill_in_the_middle_loses_what_came_after_the_last_checkpoint(workplace):
@@ -118,21 +110,21 @@ def test_kill_in_the_middle_loses_what_came_after_the_last_checkpoint(workplace)
     opt['train'] |= {'total_iter': 6}
     opt['train']['scheduler']['periods'] = [1000]
     opt['val'] = {'val_freq': 100, 'save_img': False}
-    assert start(folder, opt | {'name': 'whole'}).wait(120) == 0
+    assert finish(start(folder, opt | {'name': 'whole'})) == [0]
     opt['train']['total_iter'] = 1000
-    process = start(folder, opt)
+    (process,) = start(folder, opt)
     states = folder / 'experiments/run/training_states'
     deadline = time.monotonic() + 120
-    while not list(states.glob('*.state')) and time.monotonic() < deadline and process.poll() is None:
+    while not list(states.glob('*.state')) and time.monotonic() < deadline and process.is_alive():
         time.sleep(0.05)
     process.kill()
-    process.wait(60)
+    process.join()
     assert list(states.glob('*.state'))
     for path in states.glob('*.state'):  # if it came further before it was killed
         if int(path.stem) > 4:
             path.unlink()
     opt['train']['total_iter'] = 6
-    assert start(folder, opt, '--auto_resume').wait(120) == 0
+    assert finish(start(folder, opt, '--auto_resume')) == [0]
     assert_same(weights(folder, 6, 'whole'), weights(folder, 6))
 
 

@@ -24,8 +24,8 @@ def train(folder, opt, *flags, name='o.yml'):
     return main(['train', '-opt', name, *flags])
 
 
-def log_of(folder):
-    return sorted((folder / 'experiments/run').glob('train_*.log'))[-1].read_text()
+def log_of(folder, run='run'):
+    return sorted((folder / 'experiments' / run).glob('train_*.log'))[-1].read_text()
 
 
 def test_a_run_leaves_what_it_should(workplace):
@@ -171,6 +171,7 @@ def test_report_of_sets_with_different_scores(tmp_path):
     ]
     assert '| **mean of x** | 4 | 30.33 |  |' in report.markdown()
     assert 'Protocol aio: float RGB clipped' in report.markdown()
+    report.write()
     stored = json.loads((tmp_path / 'results.json').read_text())
     assert stored['protocol'] == 'aio'
     assert stored['sets']['one'] == {
@@ -180,6 +181,7 @@ def test_report_of_sets_with_different_scores(tmp_path):
         'means': {'psnr': pytest.approx(21), 'ssim': pytest.approx(0.6)},
     }
     report.add('two', 2, SetResult('y', None, [{'image': 'i', 'psnr': 31.0}], picture))
+    report.write()
     assert not report.has('one', 1)
     assert report.has('two', 2)
     assert '| one |' not in (tmp_path / 'results.md').read_text()

@@ -41,6 +41,7 @@ def score_saved_images(sets: Iterable[tuple[str, str, str]], protocol: str, outp
             if result.picture is None:
                 result.picture = compare(images, result.rows[0])
         report.add(name, None, result)
+        report.write()
     return report
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from basicsr.utils import get_root_logger
 from basicsr.utils.dist_util import master_only
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from cea_arch import distributed
 from cea_arch.archs.with_cea_arch import WithCEA
 from cea_arch.checkpoints import write_checkpoint
 from cea_arch.data.replay import seed_all
@@ -54,10 +57,17 @@ class CEAModel(SRModel):
         self.report = Report(folder, opt['name'], self.metrics, self.protocol)
 
     def model_to_device(self, net: nn.Module) -> nn.Module:
-        """Move ``net`` to CUDA, MPS or CPU; the device is chosen here because BaseModel knows no MPS."""
+        """Move ``net`` to CUDA, MPS or CPU, and let it train in step with those of the other processes."""
         if self.opt['num_gpu'] == 0:
             self.device = torch.device(self.opt.get('device', 'cpu'))
-        return super().model_to_device(net)
+        if not self.opt['dist']:
+            return super().model_to_device(net)
+        net = net.to(self.device)
+        if not self.is_train:
+            return net
+        devices = [torch.cuda.current_device()] if self.device.type == 'cuda' else None
+        unused = self.opt.get('find_unused_parameters', False)
+        return DistributedDataParallel(net, device_ids=devices, find_unused_parameters=unused)
 
     def init_training_settings(self) -> None:
         """As SRModel's, and the frequency loss."""
@@ -114,15 +124,19 @@ class CEAModel(SRModel):
         """One step on one batch; what the network draws follows from the seed, the process and the iteration."""
         seed_all(self.opt['manual_seed'], self.opt['rank'], current_iter)
         losses, stepped = self.step.run(self.net_g, self.optimizer_g, (self.lq, self.gt), self.losses)
-        self.log_dict = self.reduce_loss_dict(losses)
+        self.log_dict = distributed.means(losses | {'stop': float(self.stop_asked is not None)}, self.device)
+        stop = self.log_dict.pop('stop') > 0  # asked of any process
         if not stepped:
-            self.step.complain(losses, current_iter, self.files)
+            self.files = [file for files in distributed.gather(self.files) for file in files]
+            self.step.complain(self.log_dict, current_iter, self.files)
         elif self.ema_decay > 0:
             self.model_ema(decay=self.ema_decay)
-        if self.stop_asked or self.step.skipped >= self.step.max_skipped:
+        if stop or self.step.skipped >= self.step.max_skipped:
             self.save((current_iter - 1) // self.opt['train']['iters_per_epoch'], current_iter)
-        if self.stop_asked:
-            get_root_logger().info(f'Stopped by {self.stop_asked} after iteration {current_iter}; saved.')
+            distributed.wait()  # a process that ends would have the launcher end the one that saves
+        if stop:
+            asked = self.stop_asked or 'another process'
+            get_root_logger().info(f'Stopped by {asked} after iteration {current_iter}; saved.')
             raise KeyboardInterrupt
         self.step.check(self.files)
 
@@ -138,38 +152,63 @@ class CEAModel(SRModel):
             losses |= {k: v for k, v in (('l_percep', percep), ('l_style', style)) if v is not None}
         return losses
 
+    def test(self) -> None:
+        """Restore ``lq`` by the average, if there is one, else by the network itself.
+
+        Never through DDP, whose processes would wait for each other: they have different numbers of images.
+        """
+        net = getattr(self, 'net_g_ema', self.get_bare_model(self.net_g))
+        trains = net.training
+        net.eval()
+        with torch.no_grad():
+            self.output = net(self.lq)
+        net.train(trains)
+
     def validation(
         self, dataloader: DataLoader, current_iter: int | None, tb_logger: SummaryWriter | None, save_img: bool = False
     ) -> None:
-        """Validate one set, unless this iteration's results are there: BasicSR's loop validates the last one twice."""
+        """Validate one set, unless this iteration's results are there: BasicSR's loop validates the last one twice.
+
+        Of several processes each takes its share of the images.
+        """
         # in a test BasicSR gives the run's name instead of a number
         current_iter = min(current_iter, int(self.opt['train']['total_iter'])) if self.is_train else None
-        if not self.report.has(dataloader.dataset.opt['name'], current_iter):
-            super().validation(dataloader, current_iter, tb_logger, save_img)
+        dataset = dataloader.dataset
+        name = dataset.opt['name']
+        if self.report.has(name, current_iter):
+            return
+        result = SetResult(dataset.opt.get('benchmark', self.opt['name']), dataset.opt.get('group'))
+        shares = distributed.gather(self._validate_share(dataset, result, current_iter, save_img))
+        result.rows = [row for rows in zip_longest(*shares) for row in rows if row]
+        if result.rows[0].keys() != {'image'}:
+            self._log_means(name, result.means(), current_iter, tb_logger)
+        self.report.add(name, current_iter, result)
+        self._write_report(current_iter)
 
-    def nondist_validation(
-        self, dataloader: DataLoader, current_iter: int | None, tb_logger: SummaryWriter | None, save_img: bool
-    ) -> None:
-        """Validate one set on this process."""
-        options = dataloader.dataset.opt
-        name = options['name']
-        result = SetResult(options.get('benchmark', self.opt['name']), options.get('group'))
-        progress = tqdm(dataloader, desc=f'validating {name}', unit='image', leave=False, disable=None)
-        for data in progress:
+    def _validate_share(
+        self, dataset: Dataset, result: SetResult, current_iter: int | None, save_img: bool
+    ) -> list[dict[str, str | float]]:
+        """Restore and score this process's images, every n-th one; the first one's picture goes into ``result``."""
+        name, rows = dataset.opt['name'], []
+        mine = Subset(dataset, range(distributed.rank(), len(dataset), distributed.size()))
+        off = None if distributed.rank() == 0 else True
+        for data in tqdm(DataLoader(mine), desc=f'validating {name}', unit='image', leave=False, disable=off):
             self.feed_data(data)
             self.test()
             images = self.current_images()
             scores = score(images, self.metrics) if 'clean' in images else {}
             row = {'image': os.path.splitext(os.path.basename(data['lq_path'][0]))[0], **scores}
-            result.rows.append(row)
+            rows.append(row)
             if save_img:
                 self.save_image(images['restored'], name, row['image'], current_iter)
             if result.picture is None:
                 result.picture = compare(images, row)
             self.lq = self.gt = self.output = None
-        if result.rows[0].keys() != {'image'}:
-            self._log_means(name, result.means(), current_iter, tb_logger)
-        self.report.add(name, current_iter, result)
+        return rows
+
+    @master_only
+    def _write_report(self, current_iter: int | None) -> None:
+        self.report.write()
         if len(self.report.sets) == sum(phase != 'train' for phase in self.opt['datasets']):
             get_root_logger().info(f'{self.report.markdown()}\nWritten to {self.report.folder}.')
             if self.is_train:
@@ -203,6 +242,7 @@ class CEAModel(SRModel):
         folder = self.report.folder / 'visualization' / set_name
         write_picture(folder / f'{image_name}_{suffix}.png', uint8_bgr(img))
 
+    @master_only
     def save_network(self, net: Any, net_label: str, current_iter: int | str, param_key: Any = 'params') -> None:
         """Save weights under BasicSR's name and keys and ``network_g``, the options to rebuild it, beside and renamed.
 
@@ -216,7 +256,7 @@ class CEAModel(SRModel):
         }
         weights['network_g'] = self.opt['network_g']
         label = 'latest' if current_iter == -1 else current_iter
-        self._save(weights, os.path.join(self.opt['path']['models'], f'{net_label}_{label}.pth'))
+        write_checkpoint(weights, os.path.join(self.opt['path']['models'], f'{net_label}_{label}.pth'))
 
     def _print_different_keys_loading(
         self, crt_net: nn.Module, load_net: dict[str, Tensor], strict: bool = True
@@ -248,6 +288,7 @@ class CEAModel(SRModel):
         averages = [self.net_g_ema] if hasattr(self, 'net_g_ema') else []
         self.save_network([self.net_g, *averages], 'net_g', current_iter, ['params', 'params_ema'][: 1 + len(averages)])
 
+    @master_only
     def save_training_state(self, epoch: int, current_iter: int) -> None:
         """Save what resuming needs besides weights, beside and renamed."""
         if current_iter == -1:
@@ -260,7 +301,7 @@ class CEAModel(SRModel):
             'scaler': self.step.scaler.state_dict(),
             'best_metric_results': getattr(self, 'best_metric_results', {}),
         }
-        self._save(state, os.path.join(self.opt['path']['training_states'], f'{current_iter}.state'))
+        write_checkpoint(state, os.path.join(self.opt['path']['training_states'], f'{current_iter}.state'))
 
     def resume_training(self, resume_state: dict[str, Any]) -> None:
         """Take up optimizers, schedulers, loss scaling and the best scores."""
@@ -276,10 +317,6 @@ class CEAModel(SRModel):
         for path in states[:-keep]:
             path.unlink()
             Path(self.opt['path']['models'], f'net_g_{path.stem}.pth').unlink(missing_ok=True)
-
-    @master_only
-    def _save(self, content: dict, path: str) -> None:
-        write_checkpoint(content, path)
 
     def _log_means(
         self, name: str, means: dict[str, float], current_iter: int | None, tb_logger: SummaryWriter | None

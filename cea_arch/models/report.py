@@ -63,17 +63,22 @@ class Report:
         return iteration == self.iteration and name in self.sets
 
     def add(self, name: str, iteration: int | None, result: SetResult) -> None:
-        """Take in one set's results, dropping those of other iterations, and write the files anew."""
+        """Take in one set's results, dropping those of other iterations."""
         if iteration != self.iteration:
             self.iteration, self.sets = iteration, {}
         self.sets[name] = result
+
+    def write(self) -> None:
+        """Write the files anew."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_beside(self.folder / 'results.md', self.markdown().encode())
         write_beside(self.folder / 'results.csv', self.csv().encode())
         write_beside(self.folder / 'results.json', self.json().encode())
-        if result.picture is not None:
-            write_picture(self.folder / 'comparison' / f'{name}.png', result.picture)
-            write_picture(self.folder / 'comparison.png', stack([result.picture for result in self.sets.values()]))
+        pictures = {name: result.picture for name, result in self.sets.items() if result.picture is not None}
+        for name, picture in pictures.items():
+            write_picture(self.folder / 'comparison' / f'{name}.png', picture)
+        if pictures:
+            write_picture(self.folder / 'comparison.png', stack(list(pictures.values())))
 
     def markdown(self) -> str:
         """The table: a row a set, a mean a group and a benchmark."""
