@@ -23,7 +23,7 @@ from typing import Any
 
 import basicsr
 import torch
-from basicsr.utils import check_resume, set_random_seed
+from basicsr.utils import check_resume
 from torch.utils.data import Dataset
 
 import cea_arch
@@ -38,7 +38,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 def run(args: Namespace) -> None:
     """Train or test (``args.command``) as the option file ``args.opt`` says, below the folder ``args.root``."""
-    opt = read_options(args.opt)
+    opt = read_options(args.opt, args.set, args.force_yml)
     module = importlib.import_module(f'basicsr.{args.command}')
     options_module = importlib.import_module('basicsr.utils.options')
     changes = [
@@ -94,14 +94,12 @@ def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
 def _arguments(args: Namespace) -> list[str]:
     """The command line that BasicSR's parser understands."""
     argv = [f'cea {args.command}', '-opt', args.opt, '--launcher', args.launcher]
-    argv += [f'--{switch}' for switch in ('auto_resume', 'debug') if getattr(args, switch, False)]
-    return argv + (['--force_yml', *args.force_yml] if args.force_yml else [])
+    return argv + [f'--{switch}' for switch in ('auto_resume', 'debug') if getattr(args, switch, False)]
 
 
 def _checked(parse_options: Callable) -> Callable:
     def parse(root_path: str, is_train: bool = True) -> tuple[dict[str, Any], Namespace]:
         opt, args = parse_options(root_path, is_train)
-        set_random_seed(opt['manual_seed'] + opt['rank'])  # BasicSR seeds before --force_yml has its say
         check_options(opt)
         return opt, args
 
