@@ -28,8 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none', help='job launcher')
         command.add_argument('--local_rank', '--local-rank', type=int, default=0, help='given by launchers, not by you')
+        command.add_argument('--set', nargs='+', metavar='A.B=C', help='set options: train.optim_g.lr=1e-4 num_gpu=0')
         command.add_argument(
-            '--force_yml', nargs='+', metavar='A:B=C', help='set options, such as train:total_iter=100'
+            '--force_yml', nargs='+', metavar='A:B=C', help="the same in BasicSR's way: train:total_iter=100"
         )
     train.add_argument('--auto_resume', action='store_true', help='go on from the last training state')
     train.add_argument('--debug', action='store_true', help='validate and save every 8 iterations')

@@ -9,17 +9,20 @@ class UserError(ValueError):
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` for the known word nearest to ``word``; empty where none is near."""
-    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    """`` Did you mean 'x'?`` for the known word nearest to ``word``, or holding it; empty where there is none."""
+    word, known = str(word), list(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    near = near or [name for name in known if len(word) > 2 and word.casefold() in name.casefold()]
     return f' Did you mean {near[0]!r}?' if near else ''
 
 
-def check_keys(opt: dict, known: Iterable[str], label: str) -> None:
-    """Raise UserError for a key of ``opt`` that nothing reads, with the nearest one that is read."""
+def check_keys(opt: dict, known: Iterable[str], label: str, home: str | None = None) -> None:
+    """Raise UserError for a key of ``opt`` that nothing reads, with its ``home``, or the nearest one that is read."""
     known = sorted(known)
     for key in opt:
         if key not in known:
-            raise UserError(f'{label}: unknown key {key!r}.{suggest(key, known)} Known: {", ".join(known)}.')
+            hint = f' It belongs in {home}.' if home else suggest(key, known)
+            raise UserError(f'{label}: unknown key {key!r}.{hint} Known: {", ".join(known)}.')
 
 
 def lookup(registry: Iterable[tuple[str, Callable]], name: object, label: str) -> Callable:

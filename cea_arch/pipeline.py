@@ -23,7 +23,7 @@ from typing import Any
 
 import basicsr
 import torch
-from basicsr.utils import check_resume, set_random_seed
+from basicsr.utils import check_resume
 from torch.utils.data import Dataset
 
 import cea_arch
@@ -62,7 +62,7 @@ def run(args: Namespace) -> int:
 
 
 def _run_here(args: Namespace) -> None:
-    opt = read_options(args.opt)
+    opt = read_options(args.opt, args.set, args.force_yml)
     module = importlib.import_module(f'basicsr.{args.command}')
     options_module = importlib.import_module('basicsr.utils.options')
     changes = [
@@ -135,14 +135,12 @@ def _start(launcher: str, opt: dict[str, Any]) -> None:
 def _arguments(args: Namespace) -> list[str]:
     """The command line that BasicSR's parser understands."""
     argv = [f'cea {args.command}', '-opt', args.opt, '--launcher', args.launcher]
-    argv += [f'--{switch}' for switch in ('auto_resume', 'debug') if getattr(args, switch, False)]
-    return argv + (['--force_yml', *args.force_yml] if args.force_yml else [])
+    return argv + [f'--{switch}' for switch in ('auto_resume', 'debug') if getattr(args, switch, False)]
 
 
 def _checked(parse_options: Callable) -> Callable:
     def parse(root_path: str, is_train: bool = True) -> tuple[dict[str, Any], Namespace]:
         opt, args = parse_options(root_path, is_train)
-        set_random_seed(opt['manual_seed'] + opt['rank'])  # BasicSR seeds before --force_yml has its say
         with distributed.together():
             check_options(opt)
         return opt, args

@@ -224,18 +224,18 @@ def test_a_crop_larger_than_an_image_is_named(image_folder):
     [
         ({'degradation': 'pairs'}, "degradation must be one of .*, got 'pairs'. Did you mean 'paired'?"),
         ({'degradation': 'paired'}, r'dataroot_lq is missing'),
-        ({'degradation': 'downscale'}, 'sources.x.scale must be a whole number of at least 1, got None'),
+        ({'degradation': 'downscale'}, 'sources.x.scale is missing'),
         ({'degradation': 'gaussian_noise', 'sigma': 25}, "unknown key 'sigma'. Did you mean 'sigmas'?"),
-        ({'degradation': 'gaussian_noise', 'quantize': 'floor'}, "quantize must be trunc or round, got 'floor'"),
+        ({'degradation': 'gaussian_noise', 'quantize': 'floor'}, "quantize must be one of trunc, round, got 'floor'"),
         ({'degradation': 'gaussian_noise', 'repeat': 0}, 'repeat must be a whole number of at least 1, got 0'),
-        ({'degradation': 'synthetic', 'tasks': ['fog']}, "tasks may hold low_light, .*, got 'fog'"),
+        ({'degradation': 'synthetic', 'tasks': ['fog']}, r"tasks\[0\] must be one of low_light, .*, got 'fog'"),
         ({'degradation': 'synthetic', 'tasks': ['rain'], 'num_tasks': 2}, 'num_tasks must lie in 1 to 1'),
         ({'degradation': 'gaussian_noise', 'dataroot_gt': 'nowhere'}, "folder 'nowhere' does not exist"),
         (
             {'degradation': 'gaussian_noise', 'io_backend': {'type': 'lmdb'}},
             r"io_backend is lmdb, but the folder is 'gt'",
         ),
-        ({'degradation': 'gaussian_noise', 'io_backend': {'type': 'zip'}}, "type must be disk or lmdb, got 'zip'"),
+        ({'degradation': 'gaussian_noise', 'io_backend': {'type': 'zip'}}, "type must be one of disk, lmdb, got 'zip'"),
     ],
 )
 def test_bad_options_are_named(image_folder, source, message):
@@ -245,8 +245,8 @@ def test_bad_options_are_named(image_folder, source, message):
 
 
 def test_no_sources_and_no_images(tmp_path):
-    with pytest.raises(UserError, match='sources must map at least one name'):
-        AllInOneDataset({'name': 'set', 'phase': 'train'})
+    with pytest.raises(UserError, match='sources must be a mapping of at least one name'):
+        AllInOneDataset({'name': 'set', 'phase': 'train', 'gt_size': 8, 'sources': {}})
     with pytest.raises(UserError, match='holds no images'):
         AllInOneDataset(options(x=noise(tmp_path)))
 

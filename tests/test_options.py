@@ -111,11 +111,9 @@ def test_variants_differ_in_nothing_else(name):
 
 
 @pytest.mark.parametrize('protocol', PROTOCOLS)
-def test_a_protocol_sets_metrics_and_crop(lmdb, protocol):
-    opt = prepared(ROOT / 'options/cea_aio3.yml', lmdb, is_train=True)
-    opt['val'] |= {'protocol': protocol, 'metrics': {'gauss': {'type': 'calculate_ssim_gaussian'}}}
-    opt['datasets']['val_2']['crop_base'] = 8
-    check_options(opt)
+def test_a_protocol_sets_metrics_and_crop(protocol):
+    settings = [f'val.protocol={protocol}', 'val.metrics={gauss: {type: calculate_ssim_gaussian}}']
+    opt = read_options(str(ROOT / 'options/cea_aio3.yml'), [*settings, 'datasets.val_2.crop_base=8'])
     assert list(opt['val']['metrics']) == ['psnr', 'ssim', 'gauss']
     crop = PROTOCOLS[protocol].crop_base
     assert [d['crop_base'] for p, d in opt['datasets'].items() if p != 'train'] == [crop, 8, crop, crop, crop]
@@ -126,6 +124,8 @@ def test_a_protocol_sets_metrics_and_crop(lmdb, protocol):
 def demo(lmdb):
     opt = prepared(ROOT / 'options/cea_demo.yml', lmdb, is_train=True)
     opt['val'] = {'val_freq': 100, 'save_img': False, 'metrics': {'psnr': {'type': 'calculate_psnr_float'}}}
+    for dataset in opt['datasets'].values():
+        del dataset['phase']
     return {
         key: opt[key]
         for key in ('name', 'model_type', 'num_gpu', 'datasets', 'network_g', 'path', 'train', 'val', 'logger')
@@ -150,24 +150,28 @@ def run(tmp_path, capsys, monkeypatch):
 
 
 MISTAKES = [
-    ('network_g.type', 'CEANett', "network_g.type: 'CEANett' is not registered. Did you mean 'CEANet'?"),
+    ('network_g.type', 'CEANett', "network_g.type: 'CEANett' is not known. Did you mean 'CEANet'?"),
     ('network_g.ranks', 4, "network_g: unknown key 'ranks'. Did you mean 'rank'?"),
     ('network_g.size', 'XL', "network_g: size must be one of base, S, T, got 'XL'."),
-    ('datasets.train.type', 'AllInOne', "'AllInOne' is not registered. Did you mean 'AllInOneDataset'?"),
+    ('datasets.train.type', 'AllInOne', "'AllInOne' is not known. Did you mean 'AllInOneDataset'?"),
     ('datasets.train.gt_sise', 64, "datasets.train: unknown key 'gt_sise'. Did you mean 'gt_size'?"),
     ('datasets.train.gt_size', 4096, 'gt_size is 4096, but'),
     ('datasets.train.sources.denoise.sigma', 25, "sources.denoise: unknown key 'sigma'. Did you mean 'sigmas'?"),
     ('datasets.train.sources.denoise.dataroot_gt', 'nowhere.lmdb', "folder 'nowhere.lmdb' does not exist"),
     ('datasets.train.batch_size_per_gpu', '8', "batch_size_per_gpu must be a whole number of at least 1, got '8'"),
     ('datasets.train.batch_size_per_gpu', 10**6, 'a batch of 1000000 is more than the'),
-    ('datasets.vall', {'name': 'x'}, 'datasets.vall: a data set is called train, val, val_1'),
+    ('datasets.vall', {'name': 'x'}, "datasets: unknown key 'vall': a data set is called train, val, val_1"),
     ('train.warmup_iters', 5, "train: unknown key 'warmup_iters'. Did you mean 'warmup_iter'?"),
-    ('train.optim_g.lr', 'fast', "train.optim_g.lr must be a number, got 'fast'"),
-    ('train.optim_g.type', 'Adamm', "train.optim_g.type 'Adamm' is not known. Did you mean 'Adam'?"),
+    ('train.optim_g.lr', 'fast', "train.optim_g.lr must be a number above 0, got 'fast'"),
+    (
+        'train.optim_g.type',
+        'Adamm',
+        "train.optim_g.type must be one of Adam, AdamW, NAdam, RAdam, SGD, RMSprop, got 'Adamm'. Did you",
+    ),
     ('train.optim_g.beta', 1, "train.optim_g: unknown key 'beta'. Did you mean 'betas'?"),
-    ('train.pixel_opt.type', 'L1los', "train.pixel_opt.type: 'L1los' is not registered. Did you mean 'L1Loss'?"),
-    ('train.fft_opt', {'type': 'FFT'}, "train.fft_opt.type: 'FFT' is not registered. Did you mean 'FFTLoss'?"),
-    ('train.scheduler.type', 'Cosine', "train.scheduler.type 'Cosine' is not known."),
+    ('train.pixel_opt.type', 'L1los', "FFTLoss, got 'L1los'. Did you mean 'L1Loss'?"),
+    ('train.fft_opt', {'type': 'FFT'}, "FFTLoss, got 'FFT'. Did you mean 'FFTLoss'?"),
+    ('train.scheduler.type', 'Cosine', "CosineAnnealingRestartLR, got 'Cosine'. Did you mean 'Cosine"),
     ('train.scheduler.periods', [5], 'train.scheduler.periods [5] end before total_iter'),
     ('train.total_iter', None, 'train.total_iter is missing'),
     ('train.amp', 'fp8', "train.amp must be one of off, bf16, fp16, got 'fp8'"),
@@ -181,12 +185,12 @@ MISTAKES = [
         'aoi',
         "val.protocol must be one of aio, moce-ir, onerestore, basicsr, got 'aoi'. Did you mean 'aio'?",
     ),
-    ('val.protocol', 'aio', 'val.metrics.psnr: protocol aio defines this metric; give yours another name'),
-    ('val.metrics.psnr.type', 'psnr', "val.metrics.psnr.type: 'psnr' is not registered."),
+    ('val.protocol', 'basicsr', 'val.metrics.psnr: protocol basicsr defines this metric; give yours another name'),
+    ('val.metrics.psnr.type', 'psnr', "got 'psnr'. Did you mean 'calculate_psnr"),
     ('logger.print_frequency', 1, "logger: unknown key 'print_frequency'. Did you mean 'print_freq'?"),
     ('path.pretrain_network_g', 'x.pth', "path.pretrain_network_g: file 'x.pth' does not exist"),
     ('num_gpu', 64, 'num_gpu is 64, but 0 are here; num_gpu: 0 runs on the CPU'),
-    ('model_type', 'CEAModell', "model_type: 'CEAModell' is not registered. Did you mean 'CEAModel'?"),
+    ('model_type', 'CEAModell', "model_type: 'CEAModell' is not known. Did you mean 'CEAModel'?"),
     ('modell', 1, "options: unknown key 'modell'."),
     ('network_g', None, 'network_g is missing'),
 ]
@@ -209,10 +213,10 @@ def test_mistakes_get_one_sentence_and_leave_no_trace(demo, run, tmp_path, key, 
 
 
 BASE_MISTAKES = [
-    ('EDSR', 'network_g: base must be the options of a network, such as {type: SwinIR}, got '),
-    ({'type': 'EDSRR'}, "network_g.base.type: 'EDSRR' is not registered. Did you mean 'EDSR'?"),
+    ('EDSR', "network_g.base must be a mapping, got 'EDSR'"),
+    ({'type': 'EDSRR'}, "network_g.base.type: 'EDSRR' is not known. Did you mean 'EDSR'?"),
     ({'type': 'RRDBNet', 'num_blocks': 2}, "network_g.base: unknown key 'num_blocks'. Did you mean 'num_block'?"),
-    ({'type': 'RRDBNet'}, 'network_g.base: RRDBNet.__init__() missing 2 required positional arguments'),
+    ({'type': 'RRDBNet'}, 'network_g.base.num_in_ch is missing'),
     ({'type': 'CEANet', 'size': 'T'}, 'network_g: targets: auto knows ECBSR, EDSR, '),
 ]
 
@@ -232,23 +236,14 @@ def test_option_file_that_does_not_exist(capsys):
     assert 'cea_demo.yml' in said
 
 
-def test_yaml_mistakes(run):
-    code, said = run('name: [\n')
-    assert code == 2
-    assert 'o.yml is not a valid option file' in said
-    code, said = run('!!python/object/apply:os.system ["touch hacked"]')
-    assert code == 2
-    assert 'could not determine a constructor' in said
-    code, said = run('')
-    assert code == 2
-    assert 'o.yml: name is missing' in said
-
-
 @pytest.mark.parametrize('text', ['1e-3', '1E-3', '1.e-3', '0.1e-2', '!!float 1e-3', '0.001'])
 def test_numbers_as_people_write_them(tmp_path, text):
-    (tmp_path / 'o.yml').write_text(f'name: 1e3x\nmodel_type: m\nnetwork_g: n\ndatasets: d\ntrain: {{lr: {text}}}\n')
+    text = (
+        (ROOT / 'options/cea_demo.yml').read_text().replace('lr: 2e-3', f'lr: {text}').replace('cea_demo\n', '1e3x\n')
+    )
+    (tmp_path / 'o.yml').write_text(text)
     opt = read_options(str(tmp_path / 'o.yml'))
-    assert opt['train']['lr'] == 0.001
+    assert opt['train']['optim_g']['lr'] == 0.001
     assert opt['name'] == '1e3x'
 
 

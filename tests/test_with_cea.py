@@ -153,7 +153,7 @@ def test_modules_are_listed_before_any_target_is_chosen(tmp_path, capsys):
     opt['network_g'] = {'type': 'EDSRR'}
     (tmp_path / 'o.yml').write_text(yaml.safe_dump(opt))
     assert main(['modules', '-opt', str(tmp_path / 'o.yml')]) == 2
-    assert "cea modules: network_g.type: 'EDSRR' is not registered. Did you mean 'EDSR'?" in capsys.readouterr().err
+    assert "cea modules: network_g.type: 'EDSRR' is not known. Did you mean 'EDSR'?" in capsys.readouterr().err
 
 
 def test_networks_of_other_channels_and_sizes():

@@ -15,16 +15,36 @@ from torch.utils.data import Dataset
 from cea_arch.data.degradations import ORDER, gaussian_noise, quantize, synthesize
 from cea_arch.data.image_store import ImageStore
 from cea_arch.data.pairing import pair_keys
-from cea_arch.errors import UserError, check_keys, suggest
+from cea_arch.errors import UserError
+from cea_arch.rules import FLAG, TEXT, Checker, either, list_of, number, one_of, section, typed, whole
 
-SOURCE_KEYS = {
-    'paired': {'dataroot_lq'},
-    'gaussian_noise': {'sigmas', 'quantize'},
-    'synthetic': {'tasks', 'num_tasks', 'vary'},
-    'downscale': {'scale'},
+_COMMON = {
+    'degradation': TEXT,
+    'dataroot_gt': TEXT,
+    'io_backend': section({'type': one_of('disk', 'lmdb')}, ['type']),
+    'repeat': whole(),
 }
-COMMON_SOURCE_KEYS = {'degradation', 'dataroot_gt', 'io_backend', 'repeat'}
-DATASET_KEYS = {'name', 'type', 'phase', 'scale', 'sources', 'gt_size', 'use_hflip', 'use_rot', 'seed', 'crop_base'}
+_SIGMA = number(minimum=0)
+SOURCE_RULES = {
+    'paired': section(_COMMON | {'dataroot_lq': TEXT}, ['dataroot_gt', 'dataroot_lq']),
+    'gaussian_noise': section(
+        _COMMON | {'sigmas': either(_SIGMA, list_of(_SIGMA)), 'quantize': one_of('trunc', 'round')}, ['dataroot_gt']
+    ),
+    'synthetic': section(
+        _COMMON
+        | {'tasks': list_of(one_of(*ORDER)), 'num_tasks': either(whole(), list_of(whole(), 2, 2)), 'vary': FLAG},
+        ['dataroot_gt'],
+    ),
+    'downscale': section(_COMMON | {'scale': whole()}, ['dataroot_gt', 'scale']),
+}
+DATASET_RULES = {
+    'sources': {'type': 'object', 'minProperties': 1, 'additionalProperties': typed(SOURCE_RULES, 'degradation')},
+    'gt_size': whole(),
+    'use_hflip': FLAG,
+    'use_rot': FLAG,
+    'seed': whole(0),
+    'crop_base': whole(),
+}
 
 
 class Source:
@@ -32,17 +52,8 @@ class Source:
 
     def __init__(self, name: str, opt: dict[str, Any], label: str) -> None:
         self.name = name
-        self.degradation = opt.get('degradation')
-        if self.degradation not in SOURCE_KEYS:
-            hint = suggest(self.degradation, SOURCE_KEYS)
-            raise UserError(
-                f'{label}.degradation must be one of {", ".join(SOURCE_KEYS)}, got {self.degradation!r}.{hint}'
-            )
-        check_keys(opt, COMMON_SOURCE_KEYS | SOURCE_KEYS[self.degradation], label)
-        for key in ('dataroot_gt', 'dataroot_lq') if self.degradation == 'paired' else ('dataroot_gt',):
-            if not opt.get(key):
-                raise UserError(f'{label}.{key} is missing.')
-        self.repeat = positive_int(opt.get('repeat', 1), f'{label}.repeat')
+        self.degradation = opt['degradation']
+        self.repeat = opt.get('repeat', 1)
         self.gt = ImageStore(opt['dataroot_gt'], opt.get('io_backend'), f'{label}.dataroot_gt')
         self.lq = None
         self.pairs = [(key, key) for key in self.gt.sizes]
@@ -79,25 +90,20 @@ class Source:
                 )
 
     def _read_strengths(self, opt: dict[str, Any], label: str) -> None:
-        self.scale = positive_int(opt.get('scale'), f'{label}.scale') if self.degradation == 'downscale' else 1
+        self.scale = opt['scale'] if self.degradation == 'downscale' else 1
         if self.degradation == 'gaussian_noise':
             sigmas = opt.get('sigmas', [15, 25, 50])
             self.sigmas = [float(sigma) for sigma in (sigmas if isinstance(sigmas, list) else [sigmas])]
             self.quantize = opt.get('quantize', 'trunc')
-            if self.quantize not in ('trunc', 'round'):
-                raise UserError(f'{label}.quantize must be trunc or round, got {self.quantize!r}.')
         elif self.degradation == 'synthetic':
             self.tasks = list(opt.get('tasks', ORDER))
-            for task in self.tasks:
-                if task not in ORDER:
-                    raise UserError(f'{label}.tasks may hold {", ".join(ORDER)}, got {task!r}.{suggest(task, ORDER)}')
             number = opt.get('num_tasks', [1, len(self.tasks)])
             self.num_tasks = number if isinstance(number, list) else [number, number]
-            if not 1 <= self.num_tasks[0] <= self.num_tasks[-1] <= len(self.tasks) or len(self.num_tasks) != 2:
+            if not 1 <= self.num_tasks[0] <= self.num_tasks[-1] <= len(self.tasks):
                 raise UserError(
                     f'{label}.num_tasks must lie in 1 to {len(self.tasks)}, the number of tasks; got {number}.'
                 )
-            self.vary = bool(opt.get('vary', True))
+            self.vary = opt.get('vary', True)
 
 
 @DATASET_REGISTRY.register()
@@ -136,12 +142,12 @@ class AllInOneDataset(Dataset):
         self.opt = opt
         label = f'dataset {opt.get("name")!r}'
         self.train = opt.get('phase', 'train') == 'train'
-        if not isinstance(opt.get('sources'), dict) or not opt['sources']:
-            raise UserError(f'{label}: sources must map at least one name to its options.')
+        required = ['sources', 'gt_size'] if self.train else ['sources']
+        Checker().check(opt, section(DATASET_RULES, required, closed=False), label)
         self.sources = [Source(name, source, f'{label}, sources.{name}') for name, source in opt['sources'].items()]
         self.ends = list(itertools.accumulate(len(source.pairs) * source.repeat for source in self.sources))
         if self.train:
-            self.gt_size = positive_int(opt.get('gt_size'), f'{label}: gt_size')
+            self.gt_size = opt['gt_size']
             self._check_crop()
 
     def __len__(self) -> int:
@@ -231,9 +237,3 @@ def to_tensor(img: np.ndarray) -> torch.Tensor:
     """Turn RGB ``(H, W, 3)``, uint8 or uint16, into float32 ``(3, H, W)`` in [0, 1]."""
     top = np.float32(np.iinfo(img.dtype).max)
     return torch.from_numpy(np.divide(img.transpose(2, 0, 1), top, dtype=np.float32, order='C'))
-
-
-def positive_int(value: object, label: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f'{label} must be a whole number of at least 1, got {value!r}.')
-    return value

@@ -1,0 +1,211 @@
+"""Rules for the values of options, as JSON schema: checked here, in sentences, and given to editors as they are.
+
+Only the keywords that appear below are known.
+"""
+
+import inspect
+import math
+import os
+import re
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin
+
+from cea_arch.errors import UserError, check_keys, suggest
+
+Rule = dict[str, Any]
+TEXT: Rule = {'type': 'string'}
+FLAG: Rule = {'type': 'boolean'}
+NULL: Rule = {'type': 'null'}
+ANY: Rule = {}
+_TYPES = {'string': (str, os.PathLike), 'boolean': bool, 'integer': int, 'number': (int, float), 'null': type(None)}
+_TYPES |= {'array': (list, tuple), 'object': dict}
+_BOUNDS = {'minimum': 'of at least', 'exclusiveMinimum': 'above', 'maximum': 'up to', 'exclusiveMaximum': 'below'}
+_MANY = 8  # names; beyond, the hint comes before them
+_ANNOTATIONS = {int: {'type': 'integer'}, float: {'type': 'number'}, bool: FLAG, str: TEXT, type(None): NULL}
+
+
+def whole(least: int = 1) -> Rule:
+    return {'type': 'integer', 'minimum': least}
+
+
+def number(**bounds: float) -> Rule:
+    """A number within JSON schema's ``minimum``, ``exclusiveMinimum``, ``maximum``, ``exclusiveMaximum``."""
+    return {'type': 'number', **bounds}
+
+
+def one_of(*words: str) -> Rule:
+    return {'enum': list(words)}
+
+
+def either(*rules: Rule) -> Rule:
+    return {'anyOf': list(rules)}
+
+
+def list_of(item: Rule, least: int = 1, most: int | None = None) -> Rule:
+    return {'type': 'array', 'items': item, 'minItems': least} | ({} if most is None else {'maxItems': most})
+
+
+def section(properties: Mapping[str, Rule], required: Iterable[str] = (), closed: bool = True) -> Rule:
+    """A mapping of known keys, and of others too if it is not ``closed``."""
+    return {
+        'type': 'object',
+        'properties': dict(properties),
+        'required': list(required),
+        'additionalProperties': not closed,
+    }
+
+
+def typed(rules: Mapping[str, Rule], key: str = 'type') -> Rule:
+    """A mapping whose entry ``key`` chooses one of ``rules`` for all of it."""
+    cases = [{'if': {'properties': {key: {'const': name}}}, 'then': rule} for name, rule in rules.items()]
+    return {'type': 'object', 'properties': {key: one_of(*rules)}, 'required': [key], 'allOf': cases}
+
+
+def arguments(
+    target: Callable, table: Mapping[str, Rule] = types.MappingProxyType({}), given: Collection[str] = ()
+) -> Rule:
+    """The rule for a mapping of keyword arguments.
+
+    Args:
+        target: A class or function; its annotations say which kinds of values it takes, and nothing where it has none.
+        table: Better rules for some arguments; for names that it does not have, too.
+        given: Arguments that do not come from the mapping.
+    """
+    properties, required = {'type': TEXT}, []
+    for name, parameter in inspect.signature(target).parameters.items():
+        if name in given or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        properties[name] = table.get(name, _of_annotation(parameter.annotation))
+        if parameter.default is parameter.empty:
+            required.append(name)
+    return section(properties, required)
+
+
+def _of_annotation(annotation: Any) -> Rule:
+    origin = get_origin(annotation) or annotation
+    parts = get_args(annotation)
+    if origin in (Union, types.UnionType):
+        rules = [_of_annotation(part) for part in parts]
+        return ANY if ANY in rules else either(*rules)
+    if origin is Literal:
+        return one_of(*parts)
+    if isinstance(origin, type) and issubclass(origin, Sequence) and origin is not str:
+        return {'type': 'array', 'items': _of_annotation(parts[0]) if parts else ANY}
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return {'type': 'object'}
+    return _ANNOTATIONS.get(annotation, ANY)
+
+
+class Checker:
+    """Checks values by rules.
+
+    Args:
+        definitions: The rules that ``$ref`` names.
+        homes: For keys that stand in the wrong section, the right one.
+    """
+
+    def __init__(self, definitions: Mapping[str, Rule] | None = None, homes: Mapping[str, str] | None = None) -> None:
+        self.definitions = definitions or {}
+        self.homes = homes or {}
+
+    def check(self, value: Any, rule: Rule, label: str) -> None:
+        """Raise UserError if ``value`` breaks ``rule``; it names ``label``, what was expected and what was found."""
+        rule = self._resolve(rule)
+        choices = [self._resolve(choice) for choice in rule.get('anyOf', [rule])]
+        fitting = next((choice for choice in choices if _fits(value, choice)), None)
+        if fitting is None:
+            raise UserError(f'{label or "the option file"}{_complaint(value, choices)}')
+        if isinstance(value, (list, tuple)):
+            for place, item in enumerate(value):
+                self.check(item, fitting.get('items', ANY), f'{label}[{place}]')
+        elif isinstance(value, dict):
+            self._check_section(value, fitting, label)
+
+    def _resolve(self, rule: Rule) -> Rule:
+        return self.definitions[rule['$ref'].rpartition('/')[2]] | rule if '$ref' in rule else rule
+
+    def _check_section(self, value: dict[str, Any], rule: Rule, label: str) -> None:
+        known, others = rule.get('properties', {}), rule.get('additionalProperties', True)
+        patterns = rule.get('patternProperties', {}) | ({'': others} if isinstance(others, dict) else {})
+        if not others:
+            unknown = [key for key in value if key not in known and _matching(key, patterns) is None]
+            for key in unknown[:1]:
+                if 'description' in rule:
+                    raise UserError(f'{label}: unknown key {key!r}: {rule["description"]}.')
+                home = self.homes.get(key)
+                check_keys({key: None}, known, label or 'options', home if home != label else None)
+        prefix = f'{label}.' if label else ''
+        for key in rule.get('required', ()):
+            if value.get(key) is None:
+                raise UserError(f'{prefix}{key} is missing.')
+        for key, item in value.items():
+            self.check(item, known[key] if key in known else _matching(key, patterns) or ANY, f'{prefix}{key}')
+        for case in rule.get('allOf', ()):
+            if all(value.get(key) == choice['const'] for key, choice in case['if']['properties'].items()):
+                self._check_section(value, case['then'], label)
+
+
+def describe(rule: Rule) -> str:
+    """The rule in words."""
+    if 'enum' in rule:
+        return rule['enum'][0] if len(rule['enum']) == 1 else f'one of {", ".join(map(str, rule["enum"]))}'
+    kind = rule.get('type')
+    if kind in ('integer', 'number'):
+        bounds = {
+            'minimum': 'of at least',
+            'exclusiveMinimum': 'above',
+            'maximum': 'up to',
+            'exclusiveMaximum': 'below',
+        }
+        said = [f'{word} {rule[bound]}' for bound, word in bounds.items() if bound in rule]
+        return ' '.join(['a whole number' if kind == 'integer' else 'a number', ' and '.join(said)]).rstrip()
+    if kind == 'array':
+        least, most = rule.get('minItems', 0), rule.get('maxItems')
+        size = f' of {most} values' if least == most else ' that is not empty' if least else ''
+        return f'a list{size}' + (f', each {describe(rule["items"])}' if rule.get('items') else '')
+    if kind == 'object':
+        return 'a mapping of at least one name to its options' if rule.get('minProperties') else 'a mapping'
+    return {'string': 'text', 'boolean': 'true or false', 'null': 'null'}[kind]
+
+
+def _complaint(value: Any, choices: list[Rule]) -> str:
+    words = [word for choice in choices for word in choice.get('enum', ())]
+    names = sorted({str(word).removesuffix('_basicsr') for word in words})
+    hint = suggest(value, names) if isinstance(value, str) else ''
+    if len(names) > _MANY:
+        return f': {_shown(value)} is not known.{hint} Known: {", ".join(names)}.'
+    said = ' or '.join(describe(choice) for choice in choices if choice != NULL)
+    return f' must be {said}, got {_shown(value)}.{hint}'
+
+
+def _fits(value: Any, rule: Rule) -> bool:
+    """Whether a value is of the rule's kind and within its bounds; what is inside of it is not looked at."""
+    if 'enum' in rule:
+        return not isinstance(value, (bool, list, dict)) and value in rule['enum']
+    kind = rule.get('type')
+    if kind is None:
+        return True
+    if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != 'boolean'):
+        return False
+    if kind == 'array':
+        return rule.get('minItems', 0) <= len(value) <= rule.get('maxItems', math.inf)
+    if kind == 'object':
+        return len(value) >= rule.get('minProperties', 0)
+    bounds = (rule.get(name) for name in _BOUNDS)
+    least, above, most, below = bounds
+    return not (
+        (least is not None and not value >= least)
+        or (above is not None and not value > above)
+        or (most is not None and not value <= most)
+        or (below is not None and not value < below)
+    )
+
+
+def _matching(key: object, patterns: Mapping[str, Rule]) -> Rule | None:
+    return next((rule for pattern, rule in patterns.items() if re.search(pattern, str(key))), None)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f'{text[:77]}...'
