@@ -35,7 +35,8 @@ setup(
     extras_require={
         'export': EXPORT,
         'safetensors': ['safetensors'],
-        'dev': ['pytest', 'ruff', 'safetensors', *EXPORT],
+        'spandrel': ['spandrel'],
+        'dev': ['pytest', 'ruff', 'safetensors', 'spandrel', *EXPORT],
     },
     entry_points={'console_scripts': ['cea = cea_arch.cli:main']},
     classifiers=[

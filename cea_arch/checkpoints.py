@@ -120,15 +120,22 @@ def network_options(content: Mapping[str, Any], path: str | os.PathLike) -> dict
     if isinstance(options, Mapping):
         return dict(options)
     weights = weights_of(content, path)
-    for size in SIZES:
-        with torch.device('meta'):
-            expected = CEANet(size=size).state_dict()
-        if {name: v.shape for name, v in expected.items()} == {name: v.shape for name, v in weights.items()}:
-            return {'type': 'CEANet', 'size': size}
+    if size := named_size(weights):
+        return {'type': 'CEANet', 'size': size}
     raise UserError(
         f'{path} does not say what network it holds, and its {len(weights)} weights are not those of CEANet in size '
         f'{", ".join(SIZES)}: expected options under network_g, as CEAModel writes them.'
     )
+
+
+def named_size(weights: Mapping[str, Tensor]) -> str | None:
+    """CEANet's named size whose weights have these names and shapes; ``None`` if there is none."""
+    for size in SIZES:
+        with torch.device('meta'):
+            expected = CEANet(size=size).state_dict()
+        if {name: v.shape for name, v in expected.items()} == {name: v.shape for name, v in weights.items()}:
+            return size
+    return None
 
 
 def holds_layers_alone(weights: Mapping[str, Tensor]) -> bool:

@@ -26,6 +26,7 @@ PACKAGES = ('torch', 'torchvision', 'numpy', 'opencv-python', 'pillow', 'scikit-
 EXTRAS = {
     'safetensors': ('safetensors',),
     'export': ('onnx', 'onnxruntime', 'onnxscript'),
+    'spandrel': ('spandrel',),
 }
 KNOWN_BASICSR = '1.4.2'
 

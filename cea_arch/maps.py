@@ -52,7 +52,9 @@ class RoutingMaps:
     def place(self, rows: Span, columns: Span, size: tuple[int, int]) -> None:
         """Put the affinities of the tile just run into those of the picture of ``size`` (height, width) in pixels."""
         tile = self._latest
-        ratios = [tile.shape[1] / (rows.stop - rows.start), tile.shape[2] / (columns.stop - columns.start)]
+        # levels halve; an odd size or a padded one would blur the ratio
+        pairs = zip(tile.shape[1:], (rows.stop - rows.start, columns.stop - columns.start))
+        ratios = [2.0 ** round(math.log2(cells / pixels)) for cells, pixels in pairs]
         if self.maps is None:
             self.maps = tile.new_zeros(len(tile), *(math.ceil(s * r - 1e-6) for s, r in zip(size, ratios)))
         tops = [round(span.start * ratio) for span, ratio in zip((rows, columns), ratios)]

@@ -3,17 +3,30 @@
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cea_arch.checkpoints import load_network
 from cea_arch.errors import UserError
+from cea_arch.fitting import Fit, find_fit
 from cea_arch.layers.whole_image import WholeImage
 from cea_arch.maps import RoutingMaps
-from cea_arch.tiling import ALIGN, MIN_TILE, Span, check_tiles, choose_tile, halvings, is_out_of_memory, restore_tiled
+from cea_arch.tiling import (
+    ALIGN,
+    MIN_TILE,
+    Canvas,
+    Span,
+    check_tiles,
+    choose_tile,
+    halvings,
+    is_out_of_memory,
+    restore_tiled,
+)
 
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 CONDITIONINGS = ('whole', 'tile')
@@ -34,7 +47,8 @@ class Restorer:
 
     Args:
         model: File of weights, see :func:`cea_arch.checkpoints.load_network`, or a network that maps RGB images
-            ``(1, 3, H, W)`` in [0, 1] to the same shape.
+            ``(1, 3, H, W)`` in [0, 1] to the same shape, or one that is an integer ``scale`` larger. One that takes
+            multiples of some size alone gets images continued by reflection.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         precision: ``fp32``, or ``bf16`` or ``fp16`` under autocast; where that gives no finite numbers, fp32 is used
             and a warning says so.
@@ -81,52 +95,70 @@ class Restorer:
         self.progress = progress
         self.maps: RoutingMaps | None = None
 
-    @torch.no_grad()
+    @cached_property
+    def fit(self) -> Fit:
+        """Which sizes the network takes, and its scale."""
+        return find_fit(self.net, self.device)
+
     def __call__(self, x: Tensor) -> Tensor:
-        """Restore an RGB image ``(1, 3, H, W)`` in [0, 1], float32 on the CPU; the same out, clipped.
+        """Restore an RGB image ``(1, 3, H, W)`` in [0, 1], float32 on the CPU; the result, clipped.
 
         Raises:
-            UserError: Memory does not suffice even for the smallest tile, or the network changes the image's size.
+            UserError: Memory does not suffice even for the smallest tile, or the network restores no RGB pictures.
         """
-        with self.maps.recording() if self.maps else nullcontext():
-            return self._restore(x).clamp_(0, 1)
-
-    def _restore(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        tile = choose_tile(self.net, height, width, self.device) if self.tile == 'auto' else self.tile
-        if not tile or max(height, width) <= tile:
-            try:
-                return restore_tiled(self._run, None, x, max(height, width), 0, self.progress, self._placer(x))
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            tile = max(max(height, width) // 2 // ALIGN * ALIGN, MIN_TILE)
-            warnings.warn(f'out of memory for {width} x {height} pixels at once: trying tiles of {tile}.', stacklevel=2)
-        return self._restore_tiled(x, tile)
+        out = x.new_empty(1, 3, height * self.fit.scale, width * self.fit.scale)
 
-    def _restore_tiled(self, x: Tensor, tile: int) -> Tensor:
+        def write(top: int, rows: Tensor) -> None:
+            out[..., top : top + rows.shape[-2], :] = rows.clamp(0, 1)
+
+        self.paint(Canvas((height, width), lambda rows, columns: x[..., rows, columns], write, self.fit.scale))
+        return out
+
+    @torch.no_grad()
+    def paint(self, canvas: Canvas) -> None:
+        """Restore an image wherever it is kept; what is written is not clipped. Errors as for a call."""
+        with self.maps.recording() if self.maps else nullcontext():
+            height, width = canvas.size
+            multiple = self.fit.multiple
+            auto = self.tile == 'auto'
+            tile = choose_tile(self.net, height, width, self.device, multiple) if auto else self.tile
+            if not tile or max(height, width) <= tile:
+                try:
+                    self._run_tiles(canvas, None, max(height, width), 0)
+                    return
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                tile = max(max(height, width) // 2 // ALIGN * ALIGN, MIN_TILE)
+                warnings.warn(
+                    f'out of memory for {width} x {height} pixels at once: trying tiles of {tile}.', stacklevel=3
+                )
+            self._paint_tiles(canvas, tile)
+
+    def _paint_tiles(self, canvas: Canvas, tile: int) -> None:
         for size, overlap in halvings(tile, self.overlap):
             whole = WholeImage(self.net) if self.conditioning == 'whole' else None
             try:
                 with whole or nullcontext():
-                    return restore_tiled(self._run, whole, x, size, overlap, self.progress, self._placer(x))
+                    self._run_tiles(canvas, whole, size, overlap)
+                return
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            warnings.warn(f'out of memory for tiles of {size} pixels: trying smaller ones.', stacklevel=3)
+            warnings.warn(f'out of memory for tiles of {size} pixels: trying smaller ones.', stacklevel=4)
         raise UserError(f'out of memory even for tiles of {size} pixels; choose another device.')
 
-    def _placer(self, x: Tensor) -> Callable[[Span, Span], None]:
-        size = tuple(x.shape[-2:])
-        return lambda rows, columns: self.maps.place(rows, columns, size) if self.maps else None
+    def _run_tiles(self, canvas: Canvas, whole: WholeImage | None, tile: int, overlap: int) -> None:
+        def place(rows: Span, columns: Span) -> None:
+            if self.maps:
+                self.maps.place(rows, columns, canvas.size)
+
+        restore_tiled(self._run, whole, canvas, tile, overlap, self.progress, place)
 
     def _run(self, x: Tensor) -> Tensor:
         """The network's output for ``x``, both on the CPU, float32."""
         restored = self._forward(x.to(self.device))
-        if restored.shape != x.shape:
-            raise UserError(
-                f'the network makes {tuple(restored.shape)} of {tuple(x.shape)}: not one that restores at equal size.'
-            )
         if self.dtype != torch.float32 and not restored.isfinite().all():
             warnings.warn('this precision gave numbers that are not finite: going on in fp32.', stacklevel=4)
             self.dtype = torch.float32
@@ -135,7 +167,7 @@ class Restorer:
 
     def _forward(self, x: Tensor) -> Tensor:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.net(x).float()
+            return self.fit.run(self.net, x).float()
 
 
 def restore(image: np.ndarray, model: str | Path | nn.Module | Restorer, **options: object) -> np.ndarray:
@@ -148,7 +180,7 @@ def restore(image: np.ndarray, model: str | Path | nn.Module | Restorer, **optio
         options: Of :class:`Restorer`.
 
     Returns:
-        An array of the shape and dtype of ``image``; alpha is untouched.
+        An array of the dtype of ``image`` and, unless the network enlarges, of its shape; alpha is untouched.
 
     Raises:
         UserError: An image of another shape or dtype, or as :class:`Restorer`.
@@ -160,16 +192,31 @@ def restore(image: np.ndarray, model: str | Path | nn.Module | Restorer, **optio
             f'expected an image (H, W) or (H, W, 1 to 4) of uint8, uint16 or float, got {image.shape} of {image.dtype}.'
         )
     restorer = model if isinstance(model, Restorer) else Restorer(model, **options)
+    pixels = image.reshape(*image.shape[:2], channels)
+    out = enlarged(pixels, restorer.fit.scale)
     colours = 3 if channels > 2 else 1
     peak = np.iinfo(image.dtype).max if image.dtype.kind == 'u' else 1
-    scaled = image.reshape(*image.shape[:2], channels)[..., :colours].astype(np.float32) / np.float32(peak)
-    x = torch.from_numpy(scaled).permute(2, 0, 1)[None].expand(-1, 3, -1, -1)
-    restored = restorer(x.contiguous())[0]
-    del x, scaled
-    if colours == 1:  # grey is restored as three equal channels
-        restored = restored.mean(0, keepdim=True)
-    restored = restored * peak
-    values = (restored.round_() if image.dtype.kind == 'u' else restored).permute(1, 2, 0).numpy()
-    out = image.copy().reshape(*image.shape[:2], channels)
-    out[..., :colours] = values  # numpy casts whole numbers exactly
-    return out.reshape(image.shape)
+
+    def read(rows: slice, columns: slice) -> Tensor:
+        part = pixels[rows, columns, :colours].astype(np.float32) / np.float32(peak)
+        return torch.from_numpy(part).permute(2, 0, 1)[None].expand(-1, 3, -1, -1).contiguous()
+
+    def write(top: int, rows: Tensor) -> None:
+        rows = rows.clamp(0, 1)
+        if colours == 1:  # grey is restored as three equal channels
+            rows = rows.mean(1, keepdim=True)
+        rows = rows * peak
+        values = (rows.round_() if image.dtype.kind == 'u' else rows)[0].permute(1, 2, 0).numpy()
+        out[top : top + len(values), :, :colours] = values  # numpy casts whole numbers exactly
+
+    restorer.paint(Canvas(image.shape[:2], read, write, restorer.fit.scale))
+    return out.reshape(*out.shape[:2], *image.shape[2:])
+
+
+def enlarged(pixels: np.ndarray, scale: int) -> np.ndarray:
+    """A copy of pixels ``(H, W, channels)``, so many times as high and as wide, by cubic interpolation."""
+    if scale == 1:
+        return pixels.copy()
+    size = (pixels.shape[1] * scale, pixels.shape[0] * scale)
+    large = cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC).reshape(*size[::-1], -1)
+    return large if pixels.dtype.kind == 'u' else large.clip(0, 1)

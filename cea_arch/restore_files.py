@@ -16,7 +16,7 @@ from cea_arch.checkpoints import default_model
 from cea_arch.errors import UserError
 from cea_arch.maps import RoutingMaps, draw_maps
 from cea_arch.pictures import SUFFIXES, Picture, as_rgb8, read_picture, write_picture
-from cea_arch.restore import Restorer, restore
+from cea_arch.restore import Restorer, enlarged, restore
 
 LAST_LAYER = 'last'
 
@@ -136,7 +136,7 @@ def restore_file(job: Job, restorer: Restorer, overwrite: bool, compare: bool) -
     restored = restore(picture.pixels, restorer)
     write_picture(job.target, replace(picture, pixels=restored), overwrite)
     if compare:
-        pair = np.concatenate([as_rgb8(picture.pixels), as_rgb8(restored)], axis=1)
+        pair = np.concatenate([enlarged(as_rgb8(picture.pixels), restorer.fit.scale), as_rgb8(restored)], axis=1)
         write_picture(extras[0], Picture(pair, 'PNG', picture.icc), overwrite)
     if restorer.maps:
         write_picture(extras[1], Picture(draw_maps(restorer.maps.maps), 'PNG'), overwrite)

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import count, pairwise, product
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cea_arch.errors import UserError
 from cea_arch.layers.whole_image import WholeImage
@@ -27,6 +28,11 @@ class Span:
     core_stop: int
 
     @property
+    def all(self) -> slice:
+        """All of the tile within the image."""
+        return slice(self.start, self.stop)
+
+    @property
     def core(self) -> slice:
         """The core within the tile."""
         return slice(self.core_start - self.start, self.core_stop - self.start)
@@ -37,8 +43,8 @@ def spans(length: int, tile: int, overlap: int) -> list[Span]:
     if length <= tile:
         return [Span(0, length, 0, length)]
     cells = math.ceil(length / ALIGN)
-    count = math.ceil(cells / ((tile - 2 * overlap) // ALIGN))
-    bounds = [round(number * cells / count) * ALIGN for number in range(count)] + [length]
+    parts = math.ceil(cells / ((tile - 2 * overlap) // ALIGN))
+    bounds = [round(number * cells / parts) * ALIGN for number in range(parts)] + [length]
     return [Span(max(a - overlap, 0), min(b + overlap, length), a, b) for a, b in pairwise(bounds)]
 
 
@@ -71,67 +77,92 @@ def blend(span: Span, length: int, overlap: int) -> Tensor:
     return weights
 
 
+@dataclass(frozen=True)
+class Canvas:
+    """An image that is read in tiles and its result that is written in rows, wherever and however both are kept.
+
+    Attributes:
+        size: Height and width of the image.
+        read: Gives rows and columns of it, ``(1, 3, h, w)``, float32.
+        write: Takes the number of a row and restored rows ``(1, 3, n, width)`` from there on, in order.
+        scale: The result is so many times as high and as wide.
+    """
+
+    size: tuple[int, int]
+    read: Callable[[slice, slice], Tensor]
+    write: Callable[[int, Tensor], None]
+    scale: int = 1
+
+
 def restore_tiled(
     net: Callable[[Tensor], Tensor],
     whole: WholeImage | None,
-    x: Tensor,
+    canvas: Canvas,
     tile: int,
     overlap: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
     placed: Callable[[Span, Span], None] = lambda rows, columns: None,
-) -> Tensor:
-    """Run ``net`` over the tiles of ``x`` and blend what it gives.
+) -> None:
+    """Run ``net`` over the tiles of an image, blend what it gives, and write it row of tiles by row of tiles.
 
     Args:
-        net: Maps a tile ``(1, C, h, w)`` to one of the same shape, on the device of ``x``.
+        net: Maps a tile ``(1, 3, h, w)`` to one of ``canvas.scale`` times its size, on the same device.
         whole: Statistics of the whole image, entered; ``None`` leaves each tile to its own.
-        x: Image ``(1, C, H, W)``.
+        canvas: The image and its result.
         tile, overlap: In pixels, see :func:`check_tiles`.
         progress: Called after each tile with the number of tiles done and the number of all, passes included.
         placed: Called after each tile of the last pass with its rows and columns.
-
-    Returns:
-        The restored image, as ``x``.
     """
-    height, width = x.shape[-2:]
-    grid = list(product(spans(height, tile, overlap), spans(width, tile, overlap)))
+    height, width = canvas.size
+    down, across = spans(height, tile, overlap), spans(width, tile, overlap)
     sweeps = SWEEPS if whole else 0
-    total = len(grid) * (sweeps + 1)
-    for sweep in range(sweeps):
-        for number, (rows, columns) in enumerate(grid, 1):
-            part = x[..., rows.start : rows.stop, columns.start : columns.stop]
+    steps = count(1)
+    total = len(down) * len(across) * (sweeps + 1)
+    for _ in range(sweeps):
+        for rows, columns in product(down, across):
+            part = canvas.read(rows.all, columns.all)
             with whole.collecting((rows.core, columns.core), tuple(part.shape[-2:])):
                 net(part)
-            progress(sweep * len(grid) + number, total)
+            progress(next(steps), total)
         whole.merge()
-    out = torch.zeros_like(x)
-    for number, (rows, columns) in enumerate(grid, 1):
-        place = (..., slice(rows.start, rows.stop), slice(columns.start, columns.stop))
-        weights = blend(rows, height, overlap)[:, None] * blend(columns, width, overlap)
-        out[place] += net(x[place]) * weights
-        placed(rows, columns)
-        progress(sweeps * len(grid) + number, total)
-    return out
+    scale = canvas.scale
+    rest = torch.zeros(1, 3, 0, width * scale)  # of the row of tiles above, where it reaches into the next one
+    for number, rows in enumerate(down, 1):
+        band = F.pad(rest, (0, 0, 0, (rows.stop - rows.start) * scale - rest.shape[-2]))
+        for columns in across:
+            weights = blend(rows, height, overlap)[:, None] * blend(columns, width, overlap)
+            place = slice(columns.start * scale, columns.stop * scale)
+            restored = net(canvas.read(rows.all, columns.all))
+            band[..., place] += restored * weights.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+            placed(rows, columns)
+            progress(next(steps), total)
+        finished = ((down[number].start if number < len(down) else height) - rows.start) * scale
+        canvas.write(rows.start * scale, band[..., :finished, :])
+        rest = band[..., finished:, :]
 
 
-def choose_tile(net: nn.Module, height: int, width: int, device: torch.device) -> int:
-    """The largest square tile, in pixels, that memory allows; 0 where the whole image fits."""
+def choose_tile(net: nn.Module, height: int, width: int, device: torch.device, multiple: int = 1) -> int:
+    """The largest square tile, in pixels, that memory allows; 0 where the whole image fits.
+
+    The sides of images for ``net`` must be multiples of ``multiple``.
+    """
     if device.type == 'cuda':
         budget = int(torch.cuda.mem_get_info(device)[0] * 0.8)
     else:
         budget = min(CPU_BUDGET, _free_memory() // 2)
-    pixels = budget // bytes_per_pixel(net, device)
+    pixels = budget // bytes_per_pixel(net, device, multiple)
     if height * width <= pixels:
         return 0
     return max(math.isqrt(pixels) // ALIGN * ALIGN, 2 * MIN_TILE)
 
 
-def bytes_per_pixel(net: nn.Module, device: torch.device) -> int:
+def bytes_per_pixel(net: nn.Module, device: torch.device, multiple: int = 1) -> int:
     """Twice what the largest single step of ``net`` reads and writes for each pixel of the image, found by a dry run.
 
     Twice, because skips and intermediate results live beside it: our guess of what is enough.
     """
     largest = 0
+    side = math.ceil(MIN_TILE / multiple) * multiple
 
     def record(_: nn.Module, args: tuple, out: Tensor) -> None:
         nonlocal largest
@@ -140,11 +171,11 @@ def bytes_per_pixel(net: nn.Module, device: torch.device) -> int:
     handles = [m.register_forward_hook(record) for m in net.modules() if not any(m.children())]
     try:
         with torch.no_grad():
-            net(torch.full((1, 3, MIN_TILE, MIN_TILE), 0.5, device=device))
+            net(torch.full((1, 3, side, side), 0.5, device=device))
     finally:
         for handle in handles:
             handle.remove()
-    return max(2 * largest // MIN_TILE**2, 1)
+    return max(2 * largest // side**2, 1)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -75,13 +75,15 @@ def test_out_of_memory_halves_the_tile_and_says_so():
         pytest.warns(UserWarning, match='out of memory'),
         pytest.raises(UserError, match='out of memory even for tiles of 64 pixels'),
     ):
-        Restorer(Hungry(100), 'cpu', tile=128)(x)
+        Restorer(Hungry(2000), 'cpu', tile=128)(x)
 
 
 def test_other_errors_are_not_taken_for_memory():
     class Broken(nn.Module):
         def forward(self, x):
-            raise RuntimeError('mat1 and mat2')
+            if len(x.flatten()) > 3 * 2000:
+                raise RuntimeError('mat1 and mat2')
+            return x
 
     for tile in (0, 64):
         with pytest.raises(RuntimeError, match='mat1 and mat2'):
@@ -114,8 +116,3 @@ def test_half_precision_falls_back_where_numbers_overflow(small_net):
 def test_bad_options_are_named(small_net, options, message):
     with pytest.raises(UserError, match=message):
         Restorer(small_net, **options)
-
-
-def test_a_network_that_changes_the_size_is_refused():
-    with pytest.raises(UserError, match='not one that restores at equal size'):
-        Restorer(nn.Upsample(scale_factor=2), 'cpu')(torch.rand(1, 3, 8, 8))

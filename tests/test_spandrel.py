@@ -1,0 +1,141 @@
+"""Files of CEANet and of injected networks, loaded by spandrel."""
+
+import pytest
+import torch
+from test_ceanet import TINY
+from test_inject import ARCHS, options_of
+
+from cea_arch.archs.ceanet_arch import CEANet
+from cea_arch.archs.with_cea_arch import WithCEA
+from cea_arch.checkpoints import write_checkpoint
+from cea_arch.errors import UserError
+from cea_arch.fitting import Fit
+
+spandrel = pytest.importorskip('spandrel', reason='needs the extra: pip install -e ".[spandrel]"')
+ours = pytest.importorskip('cea_arch.spandrel')
+pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('ignore:the weights do not tell')]
+SIZES = ((16, 24), (33, 40), (64, 47), (17, 90), (32, 32))
+NO_CHANGE = Fit()
+
+
+@pytest.fixture(autouse=True)
+def _installed():
+    ours.install()
+    ours.install()
+
+
+def write(net, options, path):
+    write_checkpoint({'params_ema': net.state_dict(), 'params': net.state_dict(), 'network_g': options}, path)
+    return str(path)
+
+
+def alive(net):
+    """Put what starts at zero off it, so that every part acts."""
+    with torch.no_grad():
+        for p in net.parameters():
+            if not p.any():
+                p.normal_(std=0.3)
+    return net.eval()
+
+
+def injected(kind, **more):
+    """An injected network and its options; spandrel takes RRDBNet with 32 growing channels alone."""
+    base = {'type': kind} | ARCHS[kind] | ({'num_grow_ch': 32} if kind == 'RRDBNet' else {})
+    options = options_of(kind, base=base, **more)
+    return alive(WithCEA(**{name: value for name, value in options.items() if name != 'type'})), options
+
+
+def check(descriptor, net, fit=NO_CHANGE, multiple=1):
+    for height, width in SIZES:
+        x = torch.rand(1, 3, -(-height // multiple) * multiple, -(-width // multiple) * multiple)
+        with torch.no_grad():
+            expected = fit.run(net, x).clamp(0, 1)
+        torch.testing.assert_close(descriptor(x).clone(), expected, rtol=0, atol=1e-4)
+        assert expected.std() > 0.01
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@pytest.mark.parametrize('size', ['T', 'S', 'base'])
+def test_ceanet_of_named_sizes(size, suffix, tmp_path, recwarn):
+    if size == 'base' and suffix == '.pth':
+        pytest.skip('large; one format is enough')
+    options = {'size': size}
+    net = alive(CEANet(**options))
+    with torch.no_grad():  # a change as large as a restoration's, around grey
+        net.output.weight.mul_(0.1 / (net(torch.rand(1, 3, 32, 32)) - 0.5).std())
+    found = spandrel.ModelLoader().load_from_file(write(net, {'type': 'CEANet', **options}, tmp_path / f'a{suffix}'))
+    assert (found.architecture.id, found.scale, found.purpose) == ('CEANet', 1, 'Restoration')
+    assert (found.input_channels, found.output_channels, found.size_requirements.none) == (3, 3, True)
+    assert found.tags == [size, 'CEA']
+    assert (found.supports_half, found.supports_bfloat16) == (False, True)
+    assert not [w for w in recwarn if 'do not tell' in str(w.message)]
+    check(found, net)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        TINY | {'cea_heads': 2, 'cea_width': 16},
+        TINY | {'cea_heads': 2, 'ffn_expansion_factor': 2.66, 'rank': 5, 'cea_stages': ['encoder', 'refinement']},
+        TINY | {'conditioning': 'pooled', 'num_dec_blocks': [1, 2, 3], 'num_refinement_blocks': 2},
+        TINY | {'conditioning': 'static', 'num_blocks': [2, 1, 3, 1]},
+        TINY | {'cea_stages': []},
+    ],
+)
+def test_ceanet_by_its_shapes(options):
+    net = alive(CEANet(**options))
+    found = spandrel.MAIN_REGISTRY.load(net.state_dict())
+    check(found, net)
+
+
+def test_the_heads_that_no_shape_tells_are_read_from_the_file(tmp_path):
+    options = {'type': 'CEANet', **TINY, 'cea_heads': 4}
+    net = alive(CEANet(**TINY, cea_heads=4))
+    path = write(net, options, tmp_path / 'a.pth')
+    with pytest.warns(UserWarning, match='heads and the routing of CEANet: 2 and signed are taken'):
+        spandrel.ModelLoader().load_from_file(path)
+    check(ours.load(path), net)
+
+
+@pytest.mark.parametrize(
+    ('kind', 'scale', 'base'), [('SwinIR', 1, 'SwinIR'), ('RRDBNet', 2, 'ESRGAN'), ('SRVGGNetCompact', 2, 'Compact')]
+)
+@pytest.mark.parametrize('conditioning', ['cross_attention', 'static'])
+def test_injected_networks_whose_base_spandrel_knows(kind, scale, base, conditioning, tmp_path):
+    net, options = injected(kind, conditioning=conditioning)
+    found = spandrel.ModelLoader().load_from_file(write(net, options, tmp_path / 'a.pth'))
+    assert (found.architecture.id, found.scale) == ('WithCEA', scale)
+    assert found.purpose == ('SR' if scale > 1 else 'Restoration')
+    assert base in found.tags[-2]
+    assert found.tags[-1] == 'CEA'
+    weights = {name.removeprefix('base.'): v for name, v in net.state_dict().items() if '.cea.' not in name}
+    plain = spandrel.MAIN_REGISTRY.load(weights)
+    assert plain.architecture.id == base
+    assert plain.size_requirements == found.size_requirements
+    assert plain.supports_half == found.supports_half
+    # at sizes that RRDBNet does not take, spandrel continues pictures in its own way
+    check(found, net, Fit({'SwinIR': 8}.get(kind, 1), scale), 4 if kind == 'RRDBNet' else 1)
+
+
+def test_a_base_of_the_library_alone_is_loaded_by_our_own_call(tmp_path):
+    net, options = injected('EDSR')
+    path = write(net, options, tmp_path / 'a.pth')
+    with pytest.raises(spandrel.UnsupportedModelError):
+        spandrel.ModelLoader().load_from_file(path)
+    found = ours.load(path)
+    assert found.scale == 2
+    check(found, net, Fit(1, 2))
+
+
+def test_what_cannot_be_loaded_says_why():
+    net, _ = injected('SwinIR')
+    alone = {name: value for name, value in net.state_dict().items() if '.cea.' in name}
+    with pytest.raises(UserError, match='CEA layers alone; `cea merge'):
+        spandrel.MAIN_REGISTRY.load(alone)
+    net, _ = injected('RRDBNet', targets='body.*.rdb1')
+    with pytest.raises(spandrel.UnsupportedModelError, match=r"CEA layers in spandrel's ESRGAN: .*body\.0\.rdb1"):
+        spandrel.MAIN_REGISTRY.load(net.state_dict())
+    weights = CEANet(**TINY).state_dict()
+    weights['down.0.conv.weight'] = weights['down.0.conv.weight'][:1]
+    with pytest.raises(UserError, match=r'do not fit CEANet: .* of another shape'):
+        spandrel.MAIN_REGISTRY.load(weights)
