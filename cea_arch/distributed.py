@@ -71,6 +71,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def first_of_machine() -> bool:
+    """Whether this is the first process of its machine, as launchers count; known before :func:`start`."""
+    return os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', '0')) == '0'
+
+
 def wait() -> None:
     """Go on when all processes have come here."""
     if dist.is_initialized():

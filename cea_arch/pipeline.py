@@ -44,7 +44,13 @@ def run(args: Namespace) -> int:
     What ends all processes at once is raised in the first one alone; the others return the exit code.
     """
     try:
-        _run_here(args)
+        opt = read_options(args.opt, args.set, args.force_yml)
+    except UserError:
+        if args.launcher == 'none' or distributed.first_of_machine():
+            raise
+        return 2
+    try:
+        _run_here(args, opt)
     except (KeyboardInterrupt, TrainingStopped) as reason:
         if distributed.rank() == 0:
             raise
@@ -61,8 +67,7 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _run_here(args: Namespace) -> None:
-    opt = read_options(args.opt, args.set, args.force_yml)
+def _run_here(args: Namespace, opt: dict[str, Any]) -> None:
     module = importlib.import_module(f'basicsr.{args.command}')
     options_module = importlib.import_module('basicsr.utils.options')
     changes = [
