@@ -52,7 +52,7 @@ TOP = {
     'manual_seed': either(whole(0), NULL),
     'network_g': _NETWORK,
     'find_unused_parameters': FLAG,
-    'dist_params': section({'backend': TEXT, 'port': either(whole(), NULL)}),
+    'dist_params': section({'backend': one_of('nccl', 'gloo'), 'port': either(whole(), NULL), 'timeout': _POSITIVE}),
 }
 TRAIN = {
     'total_iter': whole(),
@@ -69,6 +69,9 @@ CEA_TRAIN = TRAIN | {
     'accumulate': whole(),
     'grad_clip': either(_POSITIVE, NULL),
     'max_skipped': whole(),
+    'compile': FLAG,
+    'channels_last': FLAG,
+    'checkpoint_activations': either(FLAG, list_of(TEXT)),
 }
 VAL = {
     'val_freq': whole(),

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import cv2
 import numpy as np
@@ -15,7 +16,9 @@ import torch
 import yaml
 from conftest import ROOT
 
+from cea_arch.archs.ceanet_arch import CEANet
 from cea_arch.cli import main
+from cea_arch.layers import CEABlock
 from cea_arch.models.report import Report, SetResult, panels
 
 
@@ -204,6 +207,61 @@ def test_a_batch_in_parts_makes_the_same_step(workplace):
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)
     assert any((weights[0][name] != weights[1][name]).any() for name in weights[0])  # in parts indeed
+
+
+@pytest.mark.parametrize(
+    'switch', [{'channels_last': True}, {'checkpoint_activations': True}, {'checkpoint_activations': ['latent.*']}]
+)
+def test_switches_change_the_cost_and_not_the_result(workplace, switch, monkeypatch):
+    folder, opt = workplace
+    opt['val'] = {'val_freq': 100, 'save_img': False}
+    opt['train']['total_iter'] = 2
+    formats, recomputed = [], []
+    forward = CEANet.forward
+    monkeypatch.setattr(CEANet, 'forward', lambda self, x: formats.append(x.stride()[1]) or forward(self, x))
+    block = CEABlock.forward
+    monkeypatch.setattr(CEABlock, 'forward', lambda self, x: recomputed.append(1) or block(self, x))
+    weights, calls = [], []
+    for changed in ({}, switch):
+        formats.clear(), recomputed.clear()
+        assert train(folder, opt | {'train': opt['train'] | changed}) == 0
+        calls.append((formats[0], len(recomputed)))
+        weights.append(torch.load(folder / 'experiments/run/models/net_g_2.pth', weights_only=True)['params'])
+    blocks = {'True': 5, "['latent.*']": 1}.get(str(switch.get('checkpoint_activations')), 0)  # each step, once more
+    assert calls[1] == (1 if 'channels_last' in switch else 16**2, calls[0][1] + 2 * blocks)
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-5)
+
+
+def test_blocks_that_the_network_does_not_have(workplace, capsys):
+    folder, opt = workplace
+    opt['train']['checkpoint_activations'] = ['latnt.*']
+    assert train(folder, opt) == 2
+    assert "train.checkpoint_activations: 'latnt.*' matches no module. The nearest names are latent" in (
+        capsys.readouterr().err
+    )
+    opt['network_g'] = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 1, 'upscale': 2}
+    opt['train']['checkpoint_activations'] = True
+    assert train(folder, opt) == 2
+    assert 'EDSR does not say what its blocks are. Give a list of patterns, such as [body.*]' in capsys.readouterr().err
+
+
+def test_a_compiled_network_trains_the_same(workplace, monkeypatch):
+    """Traced and run graph by graph; generating code for them takes minutes."""
+    folder, opt = workplace
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='aot_eager'))
+    opt['val'] = {'val_freq': 100, 'save_img': False}
+    opt['train']['total_iter'] = 2
+    weights = []
+    for compile_it in (False, True):
+        opt['train']['compile'] = compile_it
+        torch._dynamo.utils.counters.clear()
+        assert train(folder, opt) == 0
+        assert (torch._dynamo.utils.counters['stats']['unique_graphs'] > 0) == compile_it
+        weights.append(torch.load(folder / 'experiments/run/models/net_g_2.pth', weights_only=True)['params'])
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-5)
 
 
 def test_the_log_says_what_makes_runs_comparable(workplace):

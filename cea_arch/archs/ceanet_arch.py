@@ -72,7 +72,12 @@ class CEANet(nn.Module):
 
     Raises:
         ValueError: An unknown word, or lists of the wrong length.
+
+    Attributes:
+        blocks: Patterns over the names of its blocks, for ``train.checkpoint_activations``.
     """
+
+    blocks = ('encoder.*.*', 'latent.*', 'decoder.*.*', 'refinement.*')
 
     def __init__(
         self,

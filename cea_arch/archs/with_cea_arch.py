@@ -72,7 +72,7 @@ class WithCEA(nn.Module):
             self.base.load_state_dict(weights)
         self.base_has_file = bool(pretrained_base)
         self.freeze_base = freeze_base
-        inject_cea(
+        targets = inject_cea(
             self.base,
             auto_targets(kind) if targets == 'auto' else targets,
             rank,
@@ -82,6 +82,7 @@ class WithCEA(nn.Module):
             routing,
             torch.full((1, *example_shape), 0.5) if example_shape else None,
         )
+        self.blocks = [f'base.{name}' for name in targets]  # for train.checkpoint_activations
         if freeze_base:
             self.base.requires_grad_(False)
             for parameter in cea_parameters(self.base):

@@ -1,5 +1,6 @@
 """CEAModel: BasicSR's SRModel for restoration, with float validation, named loss terms and atomic checkpoints."""
 
+import inspect
 import json
 import os
 from itertools import zip_longest
@@ -27,7 +28,7 @@ from cea_arch.errors import UserError, suggest
 from cea_arch.metrics.protocols import PROTOCOLS, score
 from cea_arch.metrics.psnr_ssim_metric import uint8_bgr
 from cea_arch.models.report import PANELS, Report, SetResult, compare, write_beside, write_picture
-from cea_arch.models.training_step import TrainingStep
+from cea_arch.models.training_step import TrainingStep, checkpoint_activations, memory_format
 
 OPTIMIZERS = ('Adam', 'AdamW', 'NAdam', 'RAdam', 'SGD', 'RMSprop')
 
@@ -37,6 +38,7 @@ class CEAModel(SRModel):
     """Train and validate a restoration network.
 
     Beside SRModel's options it reads ``train.fft_opt`` (a loss, such as ``FFTLoss``), those of :class:`TrainingStep`,
+    ``train.checkpoint_activations`` (see :func:`cea_arch.models.training_step.checkpoint_activations`),
     any of torch's usual optimizers, ``device: mps``, ``val.protocol`` (one of ``PROTOCOLS``), ``logger.keep_last`` (how
     many checkpoints stay, all by default), and from each validation set ``benchmark`` and ``group``: sets of one
     benchmark, and of one group, get a common mean. Validation scores the degraded input beside the result, and writes
@@ -60,6 +62,9 @@ class CEAModel(SRModel):
         """Move ``net`` to CUDA, MPS or CPU, and let it train in step with those of the other processes."""
         if self.opt['num_gpu'] == 0:
             self.device = torch.device(self.opt.get('device', 'cpu'))
+        if self.is_train:
+            net = net.to(memory_format=memory_format(self.opt['train']))
+            checkpoint_activations(net, self.opt['train'].get('checkpoint_activations', False))
         if not self.opt['dist']:
             return super().model_to_device(net)
         net = net.to(self.device)
@@ -104,8 +109,11 @@ class CEAModel(SRModel):
     def get_optimizer(
         self, optim_type: str, params: list[nn.Parameter], lr: float, **options: Any
     ) -> torch.optim.Optimizer:
-        """Build one of ``OPTIMIZERS``; any other name is an error."""
-        return optimizer_class(optim_type)(params, lr, **options)
+        """Build one of ``OPTIMIZERS``, fused where torch has it so; any other name is an error."""
+        optimizer = optimizer_class(optim_type)
+        if 'fused' in inspect.signature(optimizer).parameters and self.device.type in ('cpu', 'cuda'):
+            options.setdefault('fused', True)
+        return optimizer(params, lr, **options)
 
     @master_only
     def print_network(self, net: nn.Module) -> None:

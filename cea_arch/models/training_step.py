@@ -1,16 +1,19 @@
 """One optimizer step: precision, a batch in parts, clipping, and a guard against numbers that are not finite."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from basicsr.utils import get_root_logger
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from cea_arch.errors import UserError
+from cea_arch.layers.inject import match_names
 
 AMP = {'off': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
@@ -28,6 +31,8 @@ class TrainingStep:
             accumulate: In how many parts, one after the other, a batch is computed.
             grad_clip: Largest norm of the gradient; longer ones are scaled down to it.
             max_skipped: After so many steps in a row whose gradient is not finite, :class:`TrainingStopped` is raised.
+            compile: Compile the network with ``torch.compile``, for training; validation runs it as it is.
+            channels_last: Keep images, features and convolutions' weights with their channels last in memory.
         device: Where the network is.
     """
 
@@ -37,6 +42,9 @@ class TrainingStep:
         self.accumulate = options.get('accumulate', 1)
         self.grad_clip = options.get('grad_clip') or float('inf')
         self.max_skipped = options.get('max_skipped', 10)
+        self.compile = options.get('compile', False)
+        self.memory_format = memory_format(options)
+        self.compiled: Callable[[Tensor], Tensor] | None = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.skipped = 0  # in a row
 
@@ -52,6 +60,8 @@ class TrainingStep:
         Returns:
             The loss terms and ``grad_norm``; and whether a step was made, which needs a finite gradient.
         """
+        if self.compiled is None:
+            self.compiled = torch.compile(net) if self.compile else net
         optimizer.zero_grad()
         parts = list(zip(*(images.chunk(self.accumulate) for images in batch), strict=True))
         logged = Counter()
@@ -59,7 +69,7 @@ class TrainingStep:
             share = len(lq) / len(batch[0])
             with nullcontext() if number == len(parts) else _no_sync(net):
                 with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
-                    output = net(lq)
+                    output = self.compiled(lq.contiguous(memory_format=self.memory_format))
                 losses = losses_of(output.float() if self.dtype else output, gt)
                 self.scaler.scale(share * sum(losses.values())).backward()
             logged.update({name: share * value.detach() for name, value in losses.items()})
@@ -89,6 +99,39 @@ class TrainingStep:
                 f'last batch ({", ".join(files)}), lower the learning rate, set train.grad_clip, or use bf16 or off '
                 'instead of fp16.'
             )
+
+
+def memory_format(options: dict[str, Any]) -> torch.memory_format:
+    """That of images and weights in training, by ``train.channels_last``."""
+    return torch.channels_last if options.get('channels_last') else torch.contiguous_format
+
+
+def checkpoint_activations(net: nn.Module, chosen: bool | Sequence[str]) -> None:
+    """Have modules keep their input alone for the backward pass, and compute what is inside of them a second time.
+
+    Args:
+        net: Network, changed in place; its weights and their names stay.
+        chosen: Patterns over names of modules, as for :func:`cea_arch.layers.inject_cea`; or true for what the network
+            itself names as its ``blocks``.
+
+    Raises:
+        UserError: A pattern matches nothing, or the network names no blocks.
+    """
+    if not chosen:
+        return
+    patterns = getattr(net, 'blocks', None) if chosen is True else chosen
+    if patterns is None:
+        raise UserError(
+            f'train.checkpoint_activations: {type(net).__name__} does not say what its blocks are. Give a list of '
+            'patterns, such as [body.*]; cea modules -opt lists the modules.'
+        )
+    modules = dict(net.named_modules())
+    try:
+        names = match_names(patterns, [name for name in modules if name])
+    except ValueError as error:
+        raise UserError(f'train.checkpoint_activations: {error}') from error
+    for name in names:
+        modules[name].forward = partial(checkpoint, modules[name].forward, use_reentrant=False)
 
 
 def _no_sync(net: nn.Module) -> AbstractContextManager:
