@@ -136,7 +136,7 @@ def workplace(tmp_path, photograph, monkeypatch):
         'network_g': NET,
         'path': {},
         'train': {
-            'optim_g': {'type': 'AdamW', 'lr': '1e-3'},
+            'optim_g': {'type': 'AdamW', 'lr': 1e-3},
             'scheduler': {'type': 'CosineAnnealingRestartLR', 'periods': [100], 'restart_weights': [1], 'eta_min': 0},
             'total_iter': 7,
             'ema_decay': 0.9,

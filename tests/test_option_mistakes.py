@@ -196,7 +196,7 @@ def test_settings_that_are_refused(file, setting, message):
 
 BASICSR = {
     'model_type: SRModel': "train: unknown key 'fft_opt'. Did you mean 'pixel_opt'? Known: ema_decay, optim_g",
-    'model_type: ESRGANModel': "train: unknown key 'fft_opt'. Did you mean 'ldl_opt'? Known: ema_decay, gan_opt, ldl_opt, net_d_init_iters",
+    'model_type: ESRGANModel': "unknown key 'fft_opt'. Did you mean 'ldl_opt'? Known: ema_decay, gan_opt, ldl_opt",
 }
 
 
