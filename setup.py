@@ -35,7 +35,7 @@ setup(
     extras_require={
         'export': EXPORT,
         'safetensors': ['safetensors'],
-        'dev': ['pytest', 'ruff', 'safetensors', *EXPORT],
+        'dev': ['jsonschema', 'pytest', 'ruff', 'safetensors', *EXPORT],
     },
     entry_points={'console_scripts': ['cea = cea_arch.cli:main']},
     classifiers=[

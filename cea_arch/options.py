@@ -75,7 +75,7 @@ class Parts:
     Attributes:
         network: ``network_g``, on the CPU.
         datasets: By phase, those whose files are there.
-        missing: Files and folders that do not exist, by the option that names them.
+        missing: Files, folders and GPUs that are not there, by the option that names them.
     """
 
     network: nn.Module
@@ -136,16 +136,16 @@ def check_options(opt: dict[str, Any], may_miss: bool = False) -> Parts:
 
     Args:
         opt: From :func:`read_options`.
-        may_miss: Go on without files and folders that do not exist.
+        may_miss: Go on without files, folders and GPUs that are not there.
 
     Raises:
         UserError: Names the first key or file at fault, what was expected and what was found.
     """
-    if opt['num_gpu'] > torch.cuda.device_count():
-        raise UserError(
-            f'num_gpu is {opt["num_gpu"]}, but {torch.cuda.device_count()} are here; num_gpu: 0 runs on the CPU.'
-        )
-    missing = dict(_missing(opt))
+    missing, gpus = dict(_missing(opt)), torch.cuda.device_count()
+    if opt['num_gpu'] > gpus:
+        if not may_miss:
+            raise UserError(f'num_gpu is {opt["num_gpu"]}, but {gpus} are here; num_gpu: 0 runs on the CPU.')
+        missing['num_gpu'] = f'{opt["num_gpu"]}, of which {gpus} are here'
     if missing and not may_miss:
         label, name = next(iter(missing.items()))
         kind = 'folder' if label.startswith('datasets.') else 'file'

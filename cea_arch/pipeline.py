@@ -27,7 +27,7 @@ import basicsr
 import torch
 from basicsr.utils import check_resume
 from basicsr.utils.dist_util import master_only
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 import cea_arch
 from cea_arch.data.replay import ReplayDataset, ReplaySampler, start_worker
@@ -99,6 +99,14 @@ def parsed_options(args: Namespace, opt: dict[str, Any], is_train: bool) -> dict
     with _replaced(_parsing(args, opt)):
         parsed = parse_options(str(Path(args.root).absolute()), is_train)[0]
     return _choose_device(parsed, opt)
+
+
+def training_loader(opt: dict[str, Any]) -> DataLoader:
+    """The loader of a training, as a run has it."""
+    module = importlib.import_module('basicsr.train')
+    alone = opt | {'datasets': {'train': opt['datasets']['train']}}
+    with _replaced([(module, 'EnlargedSampler', ReplaySampler)]):
+        return _exact(module, {})(alone, logging.getLogger('basicsr'))[0]
 
 
 def _parsing(args: Namespace, opt: dict[str, Any]) -> list[tuple[ModuleType, str, Any]]:
