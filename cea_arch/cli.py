@@ -66,9 +66,15 @@ def _add(
 def _add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument('-opt', required=True, help='option YAML file')
     command.add_argument('--root', default='.', help='folder that holds experiments/ and results/ (default: this one)')
-    command.add_argument('--set', nargs='+', metavar='A.B=C', help='set options: train.optim_g.lr=1e-4 num_gpu=0')
     command.add_argument(
-        '--force_yml', nargs='+', metavar='A:B=C', help="the same in BasicSR's way: train:total_iter=100"
+        '--set', nargs='+', action='extend', metavar='A.B=C', help='set options: train.optim_g.lr=1e-4 num_gpu=0'
+    )
+    command.add_argument(
+        '--force_yml',
+        nargs='+',
+        action='extend',
+        metavar='A:B=C',
+        help="the same in BasicSR's way: train:total_iter=100",
     )
 
 

@@ -41,14 +41,15 @@ _FLOAT = 'tag:yaml.org,2002:float'
 class OptionLoader(yaml.SafeLoader):
     """Safe YAML (no Python tags), no key twice; ``1e-3`` is the number that everybody means, as in YAML 1.2."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        lines = {}
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, lines = super().compose_mapping_node(anchor), {}
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in lines:
-                problem = f'the key {key.value!r} stands in line {lines[key.value]} already'
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            lines[key.value if isinstance(key, yaml.ScalarNode) else id(key)] = key.start_mark.line + 1
-        return super().construct_mapping(node, deep)
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in lines:
+                    problem = f'the key {key.value!r} stands in line {lines[key.value]} already'
+                    raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+                lines[key.value] = key.start_mark.line + 1
+        return node
 
     def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
         """A float; of whole numbers with an exponent, such as ``5e3`` iterations, an int."""

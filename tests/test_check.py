@@ -41,7 +41,7 @@ def test_what_would_be_trained(workplace, check, monkeypatch):
         CEAModel, 'optimize_parameters', lambda self, i: taken.append((i, len(self.lq))) or optimize(self, i)
     )
     opt['train'] |= {'accumulate': 3, 'max_skipped': 1, 'grad_clip': 1.0}
-    code, rows, said = check(opt, '--set', 'train.total_iter=10', 'logger.keep_last=3')
+    code, rows, said = check(opt, '--set', 'train.total_iter=10', '--set', 'logger.keep_last=3')
     assert code == 0
     assert said.err == ''
     assert taken == [(1, 3), (2, 3)]

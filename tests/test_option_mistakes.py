@@ -8,7 +8,7 @@ import yaml
 from cea_arch.cli import main
 from cea_arch.errors import UserError
 from cea_arch.option_rules import options_schema
-from cea_arch.options import read_options
+from cea_arch.options import OptionDumper, OptionLoader, read_options
 from cea_arch.rules import ANY, Checker, arguments, either, list_of, number, section, typed, whole
 
 # what is written instead of what in the file below, and what is said about it
@@ -117,6 +117,16 @@ MISTAKES = {
     ),
     'argument of a metric left out': (', crop_border: 0', '', 'val.metrics.psnr.crop_border is missing.'),
     'argument of another kind': ('rank: 8', 'rank: [8]', 'network_g.rank must be a whole number, got [8].'),
+    'word that an argument does not know': (
+        'pixel_opt: {type: L1Loss}',
+        'fft_opt: {type: FFTLoss, norm: none}',
+        "train.fft_opt.norm must be one of forward, backward, ortho, got 'none'.",
+    ),
+    'negative number of GPUs': (
+        'num_gpu: 0',
+        'num_gpu: -1',
+        'num_gpu must be a whole number of at least 0 or auto, got -1.',
+    ),
     'no mapping at all': (FILE, '- name: run\n', "o.yml must hold a mapping, got [{'name': 'run'}]."),
     'empty': (FILE, '', 'o.yml: name is missing.'),
     'no number of workers': ('    num_worker_per_gpu: 2\n', '', 'datasets.train.num_worker_per_gpu is missing.'),
@@ -268,9 +278,12 @@ def test_rules_by_type():
             Checker().check(copy.deepcopy(value), rule, 'x')
 
 
-def test_numbers_survive_a_round_trip(file, tmp_path):
-    from cea_arch.options import OptionDumper, OptionLoader
+def test_merged_mappings_are_no_repeated_keys():
+    text = 'a: &a {lr: 1}\nb: &b {<<: *a, lr: 2}\nc: {<<: *b, x: 3}\n'
+    assert yaml.load(text, Loader=OptionLoader) == {'a': {'lr': 1}, 'b': {'lr': 2}, 'c': {'lr': 2, 'x': 3}}
 
+
+def test_numbers_survive_a_round_trip():
     values = [1e-5, 0.001, 1000000, 2.5e-12, '1e-3', '0.5', 'x: y', None, True, 'off', 'Grün', [1, [2.5]], {'a': {}}]
     text = yaml.dump(values, Dumper=OptionDumper)
     assert yaml.load(text, Loader=OptionLoader) == values
