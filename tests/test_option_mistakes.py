@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import yaml
+from basicsr.models.sr_model import SRModel
+from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
 
 from cea_arch.cli import main
 from cea_arch.errors import UserError
@@ -243,18 +245,18 @@ def test_every_basicsr_model_and_dataset_takes_its_documented_keys():
 
 
 def test_rules_of_a_signature():
-    def build(images, width: int, scale: float = 1.0, names: list[str] | str = 'x', *, extra=None, **rest):
+    def build(images, width: int, scale: float = 1.0, names: list[str | int] | str = 'x', *, extra=None, **rest):
         pass
 
     rule = arguments(build, {'extra': whole()}, ('images',))
-    for good in ({'width': 1}, {'width': 1, 'scale': 2, 'names': ['a'], 'extra': 3}, {'width': 2, 'names': 'b'}):
+    for good in ({'width': 1}, {'width': 1, 'scale': 2, 'names': ['a', 1], 'extra': 3}, {'width': 2, 'names': 'b'}):
         Checker().check(good, rule, 'x')
     bad = {
         'x.width is missing': {},
         'x.width must be a whole number, got 1.5': {'width': 1.5},
         'x.width must be a whole number, got True': {'width': True},
-        r'x.names must be a list, each text or text, got 3': {'width': 1, 'names': 3},
-        r'x.names\[0\] must be text, got 3': {'width': 1, 'names': [3]},
+        r'x.names must be a list, each text or a whole number or text, got True': {'width': 1, 'names': True},
+        r'x.names\[0\] must be text or a whole number, got 0.5': {'width': 1, 'names': [0.5]},
         'x.extra must be a whole number of at least 1, got 0': {'width': 1, 'extra': 0},
         "x: unknown key 'rest'": {'width': 1, 'rest': 0},
     }
@@ -276,6 +278,19 @@ def test_rules_by_type():
     ):
         with pytest.raises(UserError, match=message):
             Checker().check(copy.deepcopy(value), rule, 'x')
+
+
+def test_models_and_data_sets_of_other_packages_may_read_anything(file, monkeypatch):
+    class Theirs(SRModel):
+        pass
+
+    Theirs.__module__ = 'another.package'
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'Theirs', Theirs)
+    monkeypatch.setitem(DATASET_REGISTRY._obj_map, 'Their', type('Their', (), {'__module__': 'another.package'}))
+    settings = ['model_type=Theirs', 'train.optim_g.type=Lion', 'more=1', 'train.more=1', 'val.more=1', 'path.more=x']
+    read_options(file, [*settings, 'datasets.val={name: x, type: Their, more: 1}'])
+    with pytest.raises(UserError, match=r"train.total_iter must be a whole number of at least 1, got 'x'"):
+        read_options(file, [*settings, 'train.total_iter=x'])
 
 
 def test_merged_mappings_are_no_repeated_keys():
