@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import sys
 from collections.abc import Callable
 
@@ -22,18 +23,12 @@ def build_parser() -> argparse.ArgumentParser:
     text = 'score trained weights on the data sets of an option file; results go to results/<name>'
     test = _add(commands, 'test', text, _run_pipeline)
     for command in (train, test):
-        command.add_argument('-opt', required=True, help='option YAML file')
-        command.add_argument(
-            '--root', default='.', help='folder that holds experiments/ and results/ (default: this one)'
-        )
+        _add_options(command)
         command.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none', help='job launcher')
         command.add_argument('--local_rank', '--local-rank', type=int, default=0, help='given by launchers, not by you')
-        command.add_argument('--set', nargs='+', metavar='A.B=C', help='set options: train.optim_g.lr=1e-4 num_gpu=0')
-        command.add_argument(
-            '--force_yml', nargs='+', metavar='A:B=C', help="the same in BasicSR's way: train:total_iter=100"
-        )
     train.add_argument('--auto_resume', action='store_true', help='go on from the last training state')
     train.add_argument('--debug', action='store_true', help='validate and save every 8 iterations')
+    _add_check(commands)
     _add_score(commands)
     _add_report(commands)
     text = (
@@ -44,7 +39,11 @@ def build_parser() -> argparse.ArgumentParser:
     command = _add(commands, 'merge', text, _merge)
     for name in ('base', 'cea', 'out'):
         command.add_argument(name, metavar=f'{name}.pth')
-    for command in (train, test, *(commands.choices[name] for name in ('score', 'report', 'modules'))):
+    for command in (
+        train,
+        test,
+        *(commands.choices[name] for name in ('check', 'schema', 'score', 'report', 'modules')),
+    ):
         command.set_defaults(needs_basicsr=True)
     restore = _add(commands, 'restore', 'restore picture files, folders of them, or patterns', restore_files.run)
     restore_files.add_arguments(restore)
@@ -62,6 +61,31 @@ def _add(
     command = commands.add_parser(name, help=text, description=text)
     command.set_defaults(call=call, needs_basicsr=False)
     return command
+
+
+def _add_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument('-opt', required=True, help='option YAML file')
+    command.add_argument('--root', default='.', help='folder that holds experiments/ and results/ (default: this one)')
+    command.add_argument(
+        '--set', nargs='+', action='extend', metavar='A.B=C', help='set options: train.optim_g.lr=1e-4 num_gpu=0'
+    )
+    command.add_argument(
+        '--force_yml',
+        nargs='+',
+        action='extend',
+        metavar='A:B=C',
+        help="the same in BasicSR's way: train:total_iter=100",
+    )
+
+
+def _add_check(commands: argparse._SubParsersAction) -> None:
+    text = 'check an option file, say what it would do, and take two real steps of a training; nothing is written'
+    check = _add(commands, 'check', text, _check)
+    _add_options(check)
+    check.add_argument('--steps', type=int, default=2, help='how many steps to take; 0: none')
+    check.add_argument('--processes', type=int, default=1, help='of the launcher, for batch and epochs')
+    check.add_argument('--allow-missing', action='store_true', help='exit with 0 though data or weights are missing')
+    _add(commands, 'schema', 'print the JSON schema of option files, for editors', _schema)
 
 
 def _add_score(commands: argparse._SubParsersAction) -> None:
@@ -87,6 +111,14 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
 
 def _run_pipeline(args: argparse.Namespace) -> int:
     return importlib.import_module('cea_arch.pipeline').run(args)
+
+
+def _check(args: argparse.Namespace) -> int:
+    return importlib.import_module('cea_arch.check').run(args)
+
+
+def _schema(args: argparse.Namespace) -> None:
+    print(json.dumps(importlib.import_module('cea_arch.option_rules').options_schema(), indent=1))
 
 
 def _score(args: argparse.Namespace) -> None:

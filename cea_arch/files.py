@@ -1,9 +1,19 @@
-"""Files that are whole whenever they are there."""
+"""Files that are whole whenever they are there, and folders that one process has for itself."""
 
+import errno
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
+
+from cea_arch.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 @contextmanager
@@ -15,3 +25,46 @@ def written_beside(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """Keep other processes from locking ``folder`` until the end of the block or, however it comes, of this process.
+
+    What is locked is ``.<name>.lock`` beside the folder, so that the folder may be renamed meanwhile. Children of this
+    process do not keep the lock. On Windows nothing is locked.
+
+    Raises:
+        UserError: Another process has it; names both.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = Path(folder).with_name(f'.{Path(folder).name}.lock')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = _lock(path, folder)
+    try:
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on {platform.node()}')
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _lock(path: Path, folder: str | os.PathLike) -> TextIO:
+    while True:
+        file = path.open('a+', encoding='utf-8')
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            file.seek(0)
+            holder = file.read() or 'another process'
+            file.close()
+            raise UserError(f'{folder} is in use by {holder}. Wait for it, or choose another name.') from error
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()  # whoever had it has removed it in between

@@ -41,14 +41,15 @@ _FLOAT = 'tag:yaml.org,2002:float'
 class OptionLoader(yaml.SafeLoader):
     """Safe YAML (no Python tags), no key twice; ``1e-3`` is the number that everybody means, as in YAML 1.2."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        lines = {}
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, lines = super().compose_mapping_node(anchor), {}
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in lines:
-                problem = f'the key {key.value!r} stands in line {lines[key.value]} already'
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            lines[key.value if isinstance(key, yaml.ScalarNode) else id(key)] = key.start_mark.line + 1
-        return super().construct_mapping(node, deep)
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in lines:
+                    problem = f'the key {key.value!r} stands in line {lines[key.value]} already'
+                    raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+                lines[key.value] = key.start_mark.line + 1
+        return node
 
     def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
         """A float; of whole numbers with an exponent, such as ``5e3`` iterations, an int."""
@@ -75,7 +76,7 @@ class Parts:
     Attributes:
         network: ``network_g``, on the CPU.
         datasets: By phase, those whose files are there.
-        missing: Files and folders that do not exist, by the option that names them.
+        missing: Files, folders and GPUs that are not there, by the option that names them.
     """
 
     network: nn.Module
@@ -136,16 +137,16 @@ def check_options(opt: dict[str, Any], may_miss: bool = False) -> Parts:
 
     Args:
         opt: From :func:`read_options`.
-        may_miss: Go on without files and folders that do not exist.
+        may_miss: Go on without files, folders and GPUs that are not there.
 
     Raises:
         UserError: Names the first key or file at fault, what was expected and what was found.
     """
-    if opt['num_gpu'] > torch.cuda.device_count():
-        raise UserError(
-            f'num_gpu is {opt["num_gpu"]}, but {torch.cuda.device_count()} are here; num_gpu: 0 runs on the CPU.'
-        )
-    missing = dict(_missing(opt))
+    missing, gpus = dict(_missing(opt)), torch.cuda.device_count()
+    if opt['num_gpu'] > gpus:
+        if not may_miss:
+            raise UserError(f'num_gpu is {opt["num_gpu"]}, but {gpus} are here; num_gpu: 0 runs on the CPU.')
+        missing['num_gpu'] = f'{opt["num_gpu"]}, of which {gpus} are here'
     if missing and not may_miss:
         label, name = next(iter(missing.items()))
         kind = 'folder' if label.startswith('datasets.') else 'file'

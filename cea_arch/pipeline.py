@@ -10,11 +10,13 @@ import logging
 import math
 import pickle
 import platform
+import shlex
 import signal
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from threading import current_thread, main_thread
@@ -24,15 +26,17 @@ from typing import Any
 import basicsr
 import torch
 from basicsr.utils import check_resume
-from torch.utils.data import Dataset
+from basicsr.utils.dist_util import master_only
+from torch.utils.data import DataLoader, Dataset
 
 import cea_arch
 from cea_arch import distributed
 from cea_arch.data.replay import ReplayDataset, ReplaySampler, start_worker
 from cea_arch.errors import UserError
+from cea_arch.files import locked
 from cea_arch.models.cea_model import CEAModel
 from cea_arch.models.training_step import TrainingStopped
-from cea_arch.options import check_options, read_options
+from cea_arch.options import check_options, read_options, write_options
 
 _ABSENT = object()
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -69,15 +73,12 @@ def run(args: Namespace) -> int:
 
 def _run_here(args: Namespace, opt: dict[str, Any]) -> None:
     module = importlib.import_module(f'basicsr.{args.command}')
-    options_module = importlib.import_module('basicsr.utils.options')
+    held = ExitStack()
     changes = [
-        (options_module, 'ordered_yaml', lambda: (None, None)),
-        (options_module, 'yaml', SimpleNamespace(load=lambda file, Loader: deepcopy(opt))),
-        (options_module, 'print', lambda *words, **options: None),  # 'Disable distributed.'
-        (options_module, 'init_dist', lambda launcher, **_: _start(launcher, opt)),
-        (module, 'parse_options', _checked(module.parse_options)),
+        *_parsing(args, opt),
+        (module, 'parse_options', _checked(module.parse_options, held, opt)),
         (module, 'get_env_info', _environment),
-        (sys, 'argv', _arguments(args)),
+        *_keeping_options(module, args, opt),
     ]
     if args.command == 'train':
         resumed = {}
@@ -88,7 +89,7 @@ def _run_here(args: Namespace, opt: dict[str, Any]) -> None:
         ]
     _keep_freed_memory()
     stops = args.command == 'train' and opt['model_type'] == 'CEAModel' and current_thread() is main_thread()
-    with _replaced(changes), _own_log(), _stopping_on_signals() if stops else nullcontext():
+    with held, _replaced(changes), _own_log(), _stopping_on_signals() if stops else nullcontext():
         getattr(module, f'{args.command}_pipeline')(str(Path(args.root).absolute()))
 
 
@@ -137,20 +138,76 @@ def _start(launcher: str, opt: dict[str, Any]) -> None:
     distributed.start(launcher, torch.cuda.is_available() and opt['num_gpu'] != 0, **opt.get('dist_params') or {})
 
 
-def _arguments(args: Namespace) -> list[str]:
-    """The command line that BasicSR's parser understands."""
-    argv = [f'cea {args.command}', '-opt', args.opt, '--launcher', args.launcher]
-    return argv + [f'--{switch}' for switch in ('auto_resume', 'debug') if getattr(args, switch, False)]
+def parsed_options(args: Namespace, opt: dict[str, Any], is_train: bool) -> dict[str, Any]:
+    """What BasicSR's parser makes of options, for one process: phases, paths, devices."""
+    parse_options = importlib.import_module('basicsr.utils.options').parse_options
+    with _replaced(_parsing(args, opt)):
+        parsed = parse_options(str(Path(args.root).absolute()), is_train)[0]
+    return _choose_device(parsed, opt)
 
 
-def _checked(parse_options: Callable) -> Callable:
+def training_loader(opt: dict[str, Any]) -> DataLoader:
+    """The loader of a training, as a run has it."""
+    module = importlib.import_module('basicsr.train')
+    alone = opt | {'datasets': {'train': opt['datasets']['train']}}
+    with _replaced([(module, 'EnlargedSampler', ReplaySampler)]):
+        return _exact(module, {})(alone, logging.getLogger('basicsr'))[0]
+
+
+def _parsing(args: Namespace, opt: dict[str, Any]) -> list[tuple[ModuleType, str, Any]]:
+    """Have BasicSR's parser take ``opt`` as the content of the file."""
+    argv = [f'cea {args.command}', '-opt', args.opt, '--launcher', getattr(args, 'launcher', 'none')]
+    argv += [f'--{switch}' for switch in ('auto_resume', 'debug') if getattr(args, switch, False)]
+    options_module = importlib.import_module('basicsr.utils.options')
+    return [
+        (options_module, 'ordered_yaml', lambda: (None, None)),
+        (options_module, 'yaml', SimpleNamespace(load=lambda file, Loader: deepcopy(opt))),
+        (options_module, 'print', lambda *words, **options: None),  # 'Disable distributed.'
+        (options_module, 'init_dist', lambda launcher, **_: _start(launcher, opt)),
+        (sys, 'argv', argv),
+    ]
+
+
+def _choose_device(parsed: dict[str, Any], opt: dict[str, Any]) -> dict[str, Any]:
+    """``num_gpu: auto`` takes Apple's GPU where there is no other, of which BasicSR knows nothing."""
+    if opt['num_gpu'] == 'auto' and not parsed['num_gpu'] and torch.backends.mps.is_available():
+        parsed.setdefault('device', 'mps')
+    return parsed
+
+
+def _checked(parse_options: Callable, held: ExitStack, opt: dict[str, Any]) -> Callable:
+    """Check what was parsed and, as ``held``, lock the run's folder before BasicSR renames an earlier one."""
+
     def parse(root_path: str, is_train: bool = True) -> tuple[dict[str, Any], Namespace]:
-        opt, args = parse_options(root_path, is_train)
+        parsed, args = parse_options(root_path, is_train)
         with distributed.together():
-            check_options(opt)
-        return opt, args
+            check_options(_choose_device(parsed, opt))
+            if parsed['rank'] == 0:
+                held.enter_context(locked(parsed['path']['experiments_root' if is_train else 'results_root']))
+        return parsed, args
 
     return parse
+
+
+def _keeping_options(module: ModuleType, args: Namespace, opt: dict[str, Any]) -> list[tuple[ModuleType, str, Any]]:
+    """Have the run keep its options as ``options.yml``, instead of BasicSR's copy of a file before it was changed."""
+    given = [('--set', args.set), ('--force_yml', args.force_yml)]
+    words = [args.opt, *(word for name, values in given if values for word in (name, *values))]
+    command = f'cea {args.command} -opt {shlex.join(words)}'
+    header = (
+        f'{command}\n{time.strftime("%Y-%m-%d %H:%M:%S")}; with what the file left out, what was set and the protocol'
+    )
+    basicsr_make_exp_dirs = module.make_exp_dirs
+
+    @master_only
+    def keep(file: str, folder: str) -> None:
+        write_options(opt, Path(folder, 'options.yml'), header)
+
+    def make_exp_dirs(parsed: dict[str, Any]) -> None:
+        basicsr_make_exp_dirs(parsed)
+        keep(args.opt, parsed['path']['results_root'])
+
+    return [(module, 'copy_opt_file', keep)] if args.command == 'train' else [(module, 'make_exp_dirs', make_exp_dirs)]
 
 
 def _exact(module: ModuleType, resumed: dict[str, dict[str, Any] | None]) -> Callable:

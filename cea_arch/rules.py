@@ -5,6 +5,7 @@ Only the keywords that appear below are known.
 
 import inspect
 import math
+import operator
 import os
 import re
 import types
@@ -20,7 +21,12 @@ NULL: Rule = {'type': 'null'}
 ANY: Rule = {}
 _TYPES = {'string': (str, os.PathLike), 'boolean': bool, 'integer': int, 'number': (int, float), 'null': type(None)}
 _TYPES |= {'array': (list, tuple), 'object': dict}
-_BOUNDS = {'minimum': 'of at least', 'exclusiveMinimum': 'above', 'maximum': 'up to', 'exclusiveMaximum': 'below'}
+_BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    'minimum': ('of at least', operator.ge),
+    'exclusiveMinimum': ('above', operator.gt),
+    'maximum': ('up to', operator.le),
+    'exclusiveMaximum': ('below', operator.lt),
+}
 _MANY = 8  # names; beyond, the hint comes before them
 _ANNOTATIONS = {int: {'type': 'integer'}, float: {'type': 'number'}, bool: FLAG, str: TEXT, type(None): NULL}
 
@@ -148,17 +154,13 @@ class Checker:
 
 def describe(rule: Rule) -> str:
     """The rule in words."""
+    if 'anyOf' in rule:
+        return ' or '.join(describe(choice) for choice in rule['anyOf'] if choice != NULL)
     if 'enum' in rule:
-        return rule['enum'][0] if len(rule['enum']) == 1 else f'one of {", ".join(map(str, rule["enum"]))}'
+        return f'{"one of " if len(rule["enum"]) > 1 else ""}{", ".join(map(str, rule["enum"]))}'
     kind = rule.get('type')
     if kind in ('integer', 'number'):
-        bounds = {
-            'minimum': 'of at least',
-            'exclusiveMinimum': 'above',
-            'maximum': 'up to',
-            'exclusiveMaximum': 'below',
-        }
-        said = [f'{word} {rule[bound]}' for bound, word in bounds.items() if bound in rule]
+        said = [f'{word} {rule[bound]}' for bound, (word, _) in _BOUNDS.items() if bound in rule]
         return ' '.join(['a whole number' if kind == 'integer' else 'a number', ' and '.join(said)]).rstrip()
     if kind == 'array':
         least, most = rule.get('minItems', 0), rule.get('maxItems')
@@ -175,8 +177,7 @@ def _complaint(value: Any, choices: list[Rule]) -> str:
     hint = suggest(value, names) if isinstance(value, str) else ''
     if len(names) > _MANY:
         return f': {_shown(value)} is not known.{hint} Known: {", ".join(names)}.'
-    said = ' or '.join(describe(choice) for choice in choices if choice != NULL)
-    return f' must be {said}, got {_shown(value)}.{hint}'
+    return f' must be {describe(either(*choices))}, got {_shown(value)}.{hint}'
 
 
 def _fits(value: Any, rule: Rule) -> bool:
@@ -192,14 +193,7 @@ def _fits(value: Any, rule: Rule) -> bool:
         return rule.get('minItems', 0) <= len(value) <= rule.get('maxItems', math.inf)
     if kind == 'object':
         return len(value) >= rule.get('minProperties', 0)
-    bounds = (rule.get(name) for name in _BOUNDS)
-    least, above, most, below = bounds
-    return not (
-        (least is not None and not value >= least)
-        or (above is not None and not value > above)
-        or (most is not None and not value <= most)
-        or (below is not None and not value < below)
-    )
+    return all(holds(value, rule[bound]) for bound, (_, holds) in _BOUNDS.items() if bound in rule)
 
 
 def _matching(key: object, patterns: Mapping[str, Rule]) -> Rule | None:

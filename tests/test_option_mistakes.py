@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import yaml
+from basicsr.models.sr_model import SRModel
+from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
 
 from cea_arch.cli import main
 from cea_arch.errors import UserError
 from cea_arch.option_rules import options_schema
-from cea_arch.options import read_options
+from cea_arch.options import OptionDumper, OptionLoader, read_options
 from cea_arch.rules import ANY, Checker, arguments, either, list_of, number, section, typed, whole
 
 # what is written instead of what in the file below, and what is said about it
@@ -117,6 +119,16 @@ MISTAKES = {
     ),
     'argument of a metric left out': (', crop_border: 0', '', 'val.metrics.psnr.crop_border is missing.'),
     'argument of another kind': ('rank: 8', 'rank: [8]', 'network_g.rank must be a whole number, got [8].'),
+    'word that an argument does not know': (
+        'pixel_opt: {type: L1Loss}',
+        'fft_opt: {type: FFTLoss, norm: none}',
+        "train.fft_opt.norm must be one of forward, backward, ortho, got 'none'.",
+    ),
+    'negative number of GPUs': (
+        'num_gpu: 0',
+        'num_gpu: -1',
+        'num_gpu must be a whole number of at least 0 or auto, got -1.',
+    ),
     'no mapping at all': (FILE, '- name: run\n', "o.yml must hold a mapping, got [{'name': 'run'}]."),
     'empty': (FILE, '', 'o.yml: name is missing.'),
     'no number of workers': ('    num_worker_per_gpu: 2\n', '', 'datasets.train.num_worker_per_gpu is missing.'),
@@ -233,18 +245,18 @@ def test_every_basicsr_model_and_dataset_takes_its_documented_keys():
 
 
 def test_rules_of_a_signature():
-    def build(images, width: int, scale: float = 1.0, names: list[str] | str = 'x', *, extra=None, **rest):
+    def build(images, width: int, scale: float = 1.0, names: list[str | int] | str = 'x', *, extra=None, **rest):
         pass
 
     rule = arguments(build, {'extra': whole()}, ('images',))
-    for good in ({'width': 1}, {'width': 1, 'scale': 2, 'names': ['a'], 'extra': 3}, {'width': 2, 'names': 'b'}):
+    for good in ({'width': 1}, {'width': 1, 'scale': 2, 'names': ['a', 1], 'extra': 3}, {'width': 2, 'names': 'b'}):
         Checker().check(good, rule, 'x')
     bad = {
         'x.width is missing': {},
         'x.width must be a whole number, got 1.5': {'width': 1.5},
         'x.width must be a whole number, got True': {'width': True},
-        r'x.names must be a list, each text or text, got 3': {'width': 1, 'names': 3},
-        r'x.names\[0\] must be text, got 3': {'width': 1, 'names': [3]},
+        r'x.names must be a list, each text or a whole number or text, got True': {'width': 1, 'names': True},
+        r'x.names\[0\] must be text or a whole number, got 0.5': {'width': 1, 'names': [0.5]},
         'x.extra must be a whole number of at least 1, got 0': {'width': 1, 'extra': 0},
         "x: unknown key 'rest'": {'width': 1, 'rest': 0},
     }
@@ -268,9 +280,25 @@ def test_rules_by_type():
             Checker().check(copy.deepcopy(value), rule, 'x')
 
 
-def test_numbers_survive_a_round_trip(file, tmp_path):
-    from cea_arch.options import OptionDumper, OptionLoader
+def test_models_and_data_sets_of_other_packages_may_read_anything(file, monkeypatch):
+    class Theirs(SRModel):
+        pass
 
+    Theirs.__module__ = 'another.package'
+    monkeypatch.setitem(MODEL_REGISTRY._obj_map, 'Theirs', Theirs)
+    monkeypatch.setitem(DATASET_REGISTRY._obj_map, 'Their', type('Their', (), {'__module__': 'another.package'}))
+    settings = ['model_type=Theirs', 'train.optim_g.type=Lion', 'more=1', 'train.more=1', 'val.more=1', 'path.more=x']
+    read_options(file, [*settings, 'datasets.val={name: x, type: Their, more: 1}'])
+    with pytest.raises(UserError, match=r"train.total_iter must be a whole number of at least 1, got 'x'"):
+        read_options(file, [*settings, 'train.total_iter=x'])
+
+
+def test_merged_mappings_are_no_repeated_keys():
+    text = 'a: &a {lr: 1}\nb: &b {<<: *a, lr: 2}\nc: {<<: *b, x: 3}\n'
+    assert yaml.load(text, Loader=OptionLoader) == {'a': {'lr': 1}, 'b': {'lr': 2}, 'c': {'lr': 2, 'x': 3}}
+
+
+def test_numbers_survive_a_round_trip():
     values = [1e-5, 0.001, 1000000, 2.5e-12, '1e-3', '0.5', 'x: y', None, True, 'off', 'Grün', [1, [2.5]], {'a': {}}]
     text = yaml.dump(values, Dumper=OptionDumper)
     assert yaml.load(text, Loader=OptionLoader) == values

@@ -1,5 +1,7 @@
 """L1 in the frequency domain, as MoCE-IR and BioIR weigh it beside the pixel loss."""
 
+from typing import Literal
+
 import torch
 from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ class FFTLoss(nn.Module):
         norm: Normalisation of the transform, see ``torch.fft.rfft2``.
     """
 
-    def __init__(self, loss_weight: float = 0.1, norm: str = 'backward') -> None:
+    def __init__(self, loss_weight: float = 0.1, norm: Literal['forward', 'backward', 'ortho'] = 'backward') -> None:
         super().__init__()
         self.loss_weight = loss_weight
         self.norm = norm
