@@ -36,7 +36,7 @@ setup(
         'export': EXPORT,
         'safetensors': ['safetensors'],
         'spandrel': ['spandrel'],
-        'dev': ['jsonschema', 'pytest', 'ruff', 'safetensors', 'spandrel', *EXPORT],
+        'dev': ['jsonschema', 'pytest', 'ruff', 'safetensors', 'spandrel', 'wandb', *EXPORT],
     },
     entry_points={'console_scripts': ['cea = cea_arch.cli:main']},
     classifiers=[

@@ -18,8 +18,8 @@ from torch import optim
 
 from cea_arch.data.all_in_one_dataset import DATASET_RULES
 from cea_arch.metrics.protocols import PROTOCOLS
-from cea_arch.models.cea_model import OPTIMIZERS, CEAModel
-from cea_arch.models.training_step import AMP
+from cea_arch.models.cea_model import CEAModel
+from cea_arch.models.training_step import AMP, OPTIMIZERS
 from cea_arch.rules import (
     ANY,
     FLAG,
@@ -80,7 +80,7 @@ VAL = {
     'pbar': FLAG,
     'metrics': either({'type': 'object', 'additionalProperties': {'$ref': '#/$defs/metric'}}, NULL),
 }
-CEA_VAL = VAL | {'protocol': either(one_of(*PROTOCOLS), NULL)}
+CEA_VAL = VAL | {'protocol': either(one_of(*PROTOCOLS), NULL), 'maps': either(FLAG, list_of(TEXT))}
 LOGGER = {
     'print_freq': whole(),
     'save_checkpoint_freq': whole(),
@@ -109,6 +109,7 @@ LOADER = {
     'persistent_workers': FLAG,
     'prefetch_mode': either(one_of('cpu', 'cuda'), NULL),
     'num_prefetch_queue': whole(),
+    'on_bad_image': one_of('stop', 'replace'),
     'benchmark': TEXT,
     'group': TEXT,
 }

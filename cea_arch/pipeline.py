@@ -8,6 +8,7 @@ import ctypes
 import importlib
 import logging
 import math
+import os
 import pickle
 import platform
 import shlex
@@ -28,6 +29,7 @@ import torch
 from basicsr.utils import check_resume
 from basicsr.utils.dist_util import master_only
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.tensorboard import SummaryWriter
 
 import cea_arch
 from cea_arch import distributed
@@ -35,6 +37,8 @@ from cea_arch.data.replay import ReplayDataset, ReplaySampler, start_worker
 from cea_arch.errors import UserError
 from cea_arch.files import locked
 from cea_arch.models.cea_model import CEAModel
+from cea_arch.models.curves import ProgressLogger, draw_curves, read_curves
+from cea_arch.models.report import write_picture
 from cea_arch.models.training_step import TrainingStopped
 from cea_arch.options import check_options, read_options, write_options
 
@@ -86,11 +90,45 @@ def _run_here(args: Namespace, opt: dict[str, Any]) -> None:
             (module, 'load_resume_state', lambda opt: resumed.setdefault('state', _agreed_state(opt))),
             (module, 'EnlargedSampler', ReplaySampler),
             (module, 'create_train_val_dataloader', _exact(module, resumed)),
+            (module, 'init_tb_logger', lambda log_dir: _open_tensorboard(log_dir, resumed['state'])),
+            (module, 'init_wandb_logger', _start_wandb),
+            (module, 'MessageLogger', ProgressLogger),
         ]
     _keep_freed_memory()
     stops = args.command == 'train' and opt['model_type'] == 'CEAModel' and current_thread() is main_thread()
     with held, _replaced(changes), _own_log(), _stopping_on_signals() if stops else nullcontext():
         getattr(module, f'{args.command}_pipeline')(str(Path(args.root).absolute()))
+        if args.command == 'train' and not args.debug:
+            _draw_curves(args.root, opt['name'])
+
+
+@master_only
+def _open_tensorboard(folder: str, state: dict[str, Any] | None) -> SummaryWriter:
+    """As BasicSR's, but what an interrupted run wrote after the state that it is resumed from is taken back."""
+    return SummaryWriter(folder, purge_step=state['iter'] + 1 if state else None)
+
+
+@master_only
+def _start_wandb(opt: dict[str, Any]) -> None:
+    """As BasicSR's, which calls a function that wandb no longer has: what TensorBoard is told goes to wandb, too."""
+    try:
+        wandb = importlib.import_module('wandb')
+    except ImportError as error:
+        raise UserError('logger.wandb is set, but wandb is not installed: pip install wandb.') from error
+    options = opt['logger']['wandb']
+    resumed = {'id': options['resume_id'], 'resume': 'allow'} if options.get('resume_id') else {}
+    if not wandb.patched['tensorboard']:
+        wandb.tensorboard.patch(root_logdir=str(Path(opt['root_path'], 'tb_logger')))
+    run = wandb.init(name=opt['name'], config=opt, project=options['project'], **resumed)
+    logging.getLogger('basicsr').info('wandb run %s of project %s.', run.id, options['project'])
+
+
+@master_only
+def _draw_curves(root: str, name: str) -> None:
+    """Write ``curves.png`` beside the table, of what TensorBoard was told, if it was."""
+    events = Path(root, 'tb_logger', name)
+    if events.is_dir():
+        write_picture(Path(root, 'experiments', name, 'curves.png'), draw_curves(read_curves(events)))
 
 
 def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
@@ -220,7 +258,8 @@ def _exact(module: ModuleType, resumed: dict[str, dict[str, Any] | None]) -> Cal
     def create(opt: dict[str, Any], logger: logging.Logger) -> tuple:
         def build(options: dict[str, Any]) -> Dataset:
             dataset = build_dataset(options)
-            return ReplayDataset(dataset, opt['manual_seed']) if options['phase'] == 'train' else dataset
+            replace = options.get('on_bad_image') == 'replace'
+            return ReplayDataset(dataset, opt['manual_seed'], replace) if options['phase'] == 'train' else dataset
 
         with _replaced([(module, 'build_dataset', build)]):
             loader, sampler, val_loaders, _, total_iter = create_train_val_dataloader(opt, logger)
@@ -246,7 +285,16 @@ def _stopping_on_signals() -> Iterator[None]:
             raise KeyboardInterrupt
         CEAModel.stop_asked = signal.Signals(number).name
 
-    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    old = {number: signal.signal(number, ask) for number in numbers}
+    training = True
+
+    def mask(how: int) -> None:
+        if training:
+            signal.pthread_sigmask(how, numbers)
+
+    if hasattr(os, 'register_at_fork'):  # workers are born deaf: one can be hit before start_worker runs in it
+        os.register_at_fork(before=lambda: mask(signal.SIG_BLOCK), after_in_parent=lambda: mask(signal.SIG_UNBLOCK))
     try:
         yield
     except RuntimeError as error:
@@ -255,6 +303,7 @@ def _stopping_on_signals() -> Iterator[None]:
             raise KeyboardInterrupt from error
         raise
     finally:
+        training = False
         CEAModel.stop_asked = None
         for number, handler in old.items():
             signal.signal(number, handler)

@@ -47,6 +47,7 @@ def _run(folder, arguments, environment, rank):
 
     from cea_arch.cli import main
 
+    multiprocessing.set_start_method('fork', force=True)  # of the loader's workers, as in a process of its own
     os.setsid()
     os.chdir(folder)
     os.environ.update(environment)

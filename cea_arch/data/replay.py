@@ -14,6 +14,10 @@ import torch
 from basicsr.data.data_sampler import EnlargedSampler
 from torch.utils.data import Dataset
 
+from cea_arch.errors import UserError
+
+MOST_TRIES = 20  # images in a row that cannot be read, before it is no accident
+
 
 class ReplayDataset(Dataset):
     """A dataset whose random draws follow from ``seed`` and the place that :class:`ReplaySampler` gives with an index.
@@ -21,19 +25,29 @@ class ReplayDataset(Dataset):
     Args:
         dataset: Any dataset that draws from Python's, NumPy's or torch's global generator.
         seed: Of the run.
+        replace: Let the next image that can be read stand in for one that cannot; samples then say so as ``replaced``.
     """
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
+    def __init__(self, dataset: Dataset, seed: int, replace: bool = False) -> None:
         self.dataset = dataset
         self.seed = seed
+        self.replace = replace
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, item: tuple[int, int]) -> Any:
         index, place = item
-        seed_all(self.seed, place)
-        return self.dataset[index]
+        problem = None
+        for number in range(index, index + (MOST_TRIES if self.replace else 1)):
+            seed_all(self.seed, place)
+            try:
+                sample = self.dataset[number % len(self.dataset)]
+            except UserError as error:
+                problem = problem or error
+            else:
+                return sample | {'replaced': str(problem or '')} if self.replace else sample
+        raise problem
 
 
 class ReplaySampler(EnlargedSampler):

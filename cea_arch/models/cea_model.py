@@ -1,48 +1,39 @@
 """CEAModel: BasicSR's SRModel for restoration, with float validation, named loss terms and atomic checkpoints."""
 
 import inspect
-import json
 import os
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from basicsr.losses import build_loss
-from basicsr.models.sr_model import SRModel
 from basicsr.utils import get_root_logger
 from basicsr.utils.dist_util import master_only
 from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, Subset
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from cea_arch import distributed
 from cea_arch.archs.with_cea_arch import WithCEA
 from cea_arch.checkpoints import write_checkpoint
 from cea_arch.data.replay import seed_all
-from cea_arch.errors import UserError, suggest
-from cea_arch.metrics.protocols import PROTOCOLS, score
-from cea_arch.metrics.psnr_ssim_metric import uint8_bgr
-from cea_arch.models.report import PANELS, Report, SetResult, compare, write_beside, write_picture
-from cea_arch.models.training_step import TrainingStep, checkpoint_activations, memory_format
-
-OPTIMIZERS = ('Adam', 'AdamW', 'NAdam', 'RAdam', 'SGD', 'RMSprop')
+from cea_arch.metrics.protocols import PROTOCOLS
+from cea_arch.models.report import Report
+from cea_arch.models.training_step import TrainingStep, checkpoint_activations, memory_format, optimizer_class
+from cea_arch.models.validation import ValidatedModel
 
 
 @MODEL_REGISTRY.register()
-class CEAModel(SRModel):
+class CEAModel(ValidatedModel):
     """Train and validate a restoration network.
 
     Beside SRModel's options it reads ``train.fft_opt`` (a loss, such as ``FFTLoss``), those of :class:`TrainingStep`,
-    ``train.checkpoint_activations`` (see :func:`cea_arch.models.training_step.checkpoint_activations`),
-    any of torch's usual optimizers, ``device: mps``, ``val.protocol`` (one of ``PROTOCOLS``), ``logger.keep_last`` (how
-    many checkpoints stay, all by default), and from each validation set ``benchmark`` and ``group``: sets of one
-    benchmark, and of one group, get a common mean. Validation scores the degraded input beside the result, and writes
-    the files of :class:`Report`; the weights with the best mean of the first metric are kept as ``net_g_best.pth``.
+    ``train.checkpoint_activations`` (see the function), any of torch's usual optimizers, ``device: mps``,
+    ``val.protocol`` (one of ``PROTOCOLS``), ``val.maps`` (names of CEA layers whose routing is drawn for each set's
+    first image; true: the last one), ``logger.keep_last`` (how many checkpoints stay, all by default), and from each
+    validation set ``benchmark`` and ``group``: sets of one benchmark, and of one group, get a common mean. Validation
+    scores the degraded input beside the result, and writes the files of :class:`Report`; the weights with the best mean
+    of the first metric are kept as ``net_g_best.pth``.
 
     Attributes:
         stop_asked: Set from outside, by a signal's name, it has training save and end after the current step.
@@ -53,6 +44,7 @@ class CEAModel(SRModel):
     def __init__(self, opt: dict[str, Any]) -> None:
         val = opt.get('val') or {}
         self.protocol = val.get('protocol')
+        self.replaced = 0
         super().__init__(opt)
         folder = opt['path']['experiments_root' if self.is_train else 'results_root']
         self.metrics = val.get('metrics') or {}
@@ -127,6 +119,10 @@ class CEAModel(SRModel):
         self.lq = data['lq'].to(self.device, non_blocking=True)
         self.gt = data['gt'].to(self.device, non_blocking=True) if 'gt' in data else None
         self.files = list(data.get('lq_path', ()))
+        for problem in filter(None, data.get('replaced', ())):
+            self.replaced += 1
+            # as an error, so that every process says it
+            get_root_logger().error(f'{problem} Another image took its place, {self.replaced} so far.')
 
     def optimize_parameters(self, current_iter: int) -> None:
         """One step on one batch; what the network draws follows from the seed, the process and the iteration."""
@@ -159,96 +155,6 @@ class CEAModel(SRModel):
             percep, style = self.cri_perceptual(output, gt)
             losses |= {k: v for k, v in (('l_percep', percep), ('l_style', style)) if v is not None}
         return losses
-
-    def test(self) -> None:
-        """Restore ``lq`` by the average, if there is one, else by the network itself.
-
-        Never through DDP, whose processes would wait for each other: they have different numbers of images.
-        """
-        net = getattr(self, 'net_g_ema', self.get_bare_model(self.net_g))
-        trains = net.training
-        net.eval()
-        with torch.no_grad():
-            self.output = net(self.lq)
-        net.train(trains)
-
-    def validation(
-        self, dataloader: DataLoader, current_iter: int | None, tb_logger: SummaryWriter | None, save_img: bool = False
-    ) -> None:
-        """Validate one set, unless this iteration's results are there: BasicSR's loop validates the last one twice.
-
-        Of several processes each takes its share of the images.
-        """
-        # in a test BasicSR gives the run's name instead of a number
-        current_iter = min(current_iter, int(self.opt['train']['total_iter'])) if self.is_train else None
-        dataset = dataloader.dataset
-        name = dataset.opt['name']
-        if self.report.has(name, current_iter):
-            return
-        result = SetResult(dataset.opt.get('benchmark', self.opt['name']), dataset.opt.get('group'))
-        shares = distributed.gather(self._validate_share(dataset, result, current_iter, save_img))
-        result.rows = [row for rows in zip_longest(*shares) for row in rows if row]
-        if result.rows[0].keys() != {'image'}:
-            self._log_means(name, result.means(), current_iter, tb_logger)
-        self.report.add(name, current_iter, result)
-        self._write_report(current_iter)
-
-    def _validate_share(
-        self, dataset: Dataset, result: SetResult, current_iter: int | None, save_img: bool
-    ) -> list[dict[str, str | float]]:
-        """Restore and score this process's images, every n-th one; the first one's picture goes into ``result``."""
-        name, rows = dataset.opt['name'], []
-        mine = Subset(dataset, range(distributed.rank(), len(dataset), distributed.size()))
-        off = None if distributed.rank() == 0 else True
-        for data in tqdm(DataLoader(mine), desc=f'validating {name}', unit='image', leave=False, disable=off):
-            self.feed_data(data)
-            self.test()
-            images = self.current_images()
-            scores = score(images, self.metrics) if 'clean' in images else {}
-            row = {'image': os.path.splitext(os.path.basename(data['lq_path'][0]))[0], **scores}
-            rows.append(row)
-            if save_img:
-                self.save_image(images['restored'], name, row['image'], current_iter)
-            if result.picture is None:
-                result.picture = compare(images, row)
-            self.lq = self.gt = self.output = None
-        return rows
-
-    @master_only
-    def _write_report(self, current_iter: int | None) -> None:
-        self.report.write()
-        if len(self.report.sets) == sum(phase != 'train' for phase in self.opt['datasets']):
-            get_root_logger().info(f'{self.report.markdown()}\nWritten to {self.report.folder}.')
-            if self.is_train:
-                self._keep_best(current_iter)
-
-    def _keep_best(self, current_iter: int) -> None:
-        """Save the weights if the mean of the first metric over all sets is the best yet."""
-        metric = next(iter(self.metrics), None)
-        means = [result.means().get(metric) for result in self.report.sets.values()]
-        if None in means:
-            return
-        mean, lower = float(np.mean(means)), self.metrics[metric].get('better') == 'lower'
-        file = Path(self.opt['path']['models'], 'best.json')
-        best = json.loads(file.read_text()) if file.is_file() else None
-        if best is None or (mean < best['mean'] if lower else mean > best['mean']):
-            self.save_weights('best')
-            write_beside(file, json.dumps({'iteration': current_iter, 'metric': metric, 'mean': mean}).encode())
-
-    def current_images(self) -> dict[str, np.ndarray]:
-        """The latest degraded, restored and, if any, clean image: RGB float32 ``(H, W, 3)``, clipped to [0, 1]."""
-        tensors = zip(PANELS, (self.lq, self.output, self.gt), strict=True)
-        return {
-            name: t[0].detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
-            for name, t in tensors
-            if t is not None
-        }
-
-    def save_image(self, img: np.ndarray, set_name: str, image_name: str, current_iter: int | None) -> None:
-        """Write one restored image; each set has its own folder, so that equal names do not overwrite each other."""
-        suffix = current_iter if self.is_train else self.opt['val'].get('suffix') or self.opt['name']
-        folder = self.report.folder / 'visualization' / set_name
-        write_picture(folder / f'{image_name}_{suffix}.png', uint8_bgr(img))
 
     @master_only
     def save_network(self, net: Any, net_label: str, current_iter: int | str, param_key: Any = 'params') -> None:
@@ -325,20 +231,3 @@ class CEAModel(SRModel):
         for path in states[:-keep]:
             path.unlink()
             Path(self.opt['path']['models'], f'net_g_{path.stem}.pth').unlink(missing_ok=True)
-
-    def _log_means(
-        self, name: str, means: dict[str, float], current_iter: int | None, tb_logger: SummaryWriter | None
-    ) -> None:
-        name = f'{name} ({self.protocol})' if self.protocol else name
-        self._initialize_best_metric_results(name)
-        self.metric_results = {metric: means[metric] for metric in self.metrics}
-        for metric, value in self.metric_results.items():
-            self._update_best_metric_result(name, metric, value, current_iter)
-        self._log_validation_metric_values(current_iter, name, tb_logger)
-
-
-def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """One of ``OPTIMIZERS`` by its name; any other is an error that names the nearest."""
-    if name not in OPTIMIZERS:
-        raise UserError(f'train.optim_g.type {name!r} is not known.{suggest(name, OPTIMIZERS)}')
-    return getattr(torch.optim, name)

@@ -27,12 +27,14 @@ class SetResult:
         group: So do sets of one group, such as ``single``, ``double`` and ``triple`` degradations.
         rows: For each image, its name and its scores by column, such as ``psnr`` and ``psnr_input``.
         picture: The first image's panels, BGR uint8.
+        maps: Its routing by CEA layer, BGR uint8.
     """
 
     benchmark: str
     group: str | None = None
     rows: list[dict[str, str | float]] = field(default_factory=list)
     picture: np.ndarray | None = None
+    maps: dict[str, np.ndarray] = field(default_factory=dict)
 
     def means(self) -> dict[str, float]:
         """Mean over the images, by column."""
@@ -44,7 +46,8 @@ class Report:
     """Results of the latest validation, set by set; the files are complete whenever they are there.
 
     Args:
-        folder: Where ``results.md``, ``.csv`` and ``.json``, ``comparison.png`` and ``comparison/<set>.png`` go.
+        folder: Where ``results.md``, ``.csv`` and ``.json``, ``comparison.png``, ``comparison/<set>.png`` and, if
+            there are any, ``maps/<set>/<layer>.png`` go.
         title: First line of the table.
         metrics: Each metric's name and options, to be stated below the table.
         protocol: Name of the protocol of scoring, to be stated with the numbers.
@@ -79,6 +82,9 @@ class Report:
             write_picture(self.folder / 'comparison' / f'{name}.png', picture)
         if pictures:
             write_picture(self.folder / 'comparison.png', stack(list(pictures.values())))
+        for name, result in self.sets.items():
+            for layer, sheet in result.maps.items():
+                write_picture(self.folder / 'maps' / name / f'{layer}.png', sheet)
 
     def markdown(self) -> str:
         """The table: a row a set, a mean a group and a benchmark."""
@@ -103,8 +109,8 @@ class Report:
         """Everything in one object; ``cea report`` reads it."""
         sets = {}
         for name, result in self.sets.items():
-            content = asdict(replace(result, picture=None))
-            sets[name] = {key: value for key, value in content.items() if key != 'picture'} | {'means': result.means()}
+            content = asdict(replace(result, picture=None, maps={}))
+            sets[name] = {key: content[key] for key in ('benchmark', 'group', 'rows')} | {'means': result.means()}
         head = {'name': self.title, 'iteration': self.iteration, 'protocol': self.protocol, 'metrics': self.metrics}
         return json.dumps(head | {'sets': sets}, indent=1) + '\n'
 

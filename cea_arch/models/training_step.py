@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from cea_arch.errors import UserError
+from cea_arch.errors import UserError, suggest
 from cea_arch.layers.inject import match_names
 
+OPTIMIZERS = ('Adam', 'AdamW', 'NAdam', 'RAdam', 'SGD', 'RMSprop')
 AMP = {'off': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
@@ -137,3 +138,10 @@ def checkpoint_activations(net: nn.Module, chosen: bool | Sequence[str]) -> None
 def _no_sync(net: nn.Module) -> AbstractContextManager:
     """Keep DDP from averaging gradients that are not complete yet."""
     return net.no_sync() if isinstance(net, DistributedDataParallel) else nullcontext()
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """One of ``OPTIMIZERS`` by its name; any other is an error that names the nearest."""
+    if name not in OPTIMIZERS:
+        raise UserError(f'train.optim_g.type {name!r} is not known.{suggest(name, OPTIMIZERS)}')
+    return getattr(torch.optim, name)
