@@ -231,3 +231,28 @@ def test_a_damaged_image_is_named(workplace, capsys):
     }
     assert train(folder, opt) == 2
     assert 'y.lmdb/bad cannot be decoded' in capsys.readouterr().err
+
+
+PLANTED = """
+import sys
+from cea_arch.cli import main
+from cea_arch.models.cea_model import CEAModel
+
+def fail(self, current_iter):
+    raise RuntimeError('planted')
+
+CEAModel.optimize_parameters = fail
+sys.exit(main(['train', '-opt', 'o.yml']))
+"""
+
+
+def test_an_error_that_nobody_foresaw_ends_the_process(workplace):
+    """Loader workers, which leave signals to the main process, do not keep it waiting."""
+    folder, opt = workplace
+    opt['datasets']['train']['num_worker_per_gpu'] = 1
+    (folder / 'o.yml').write_text(json.dumps(opt))
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    run = [sys.executable, '-c', PLANTED]
+    done = subprocess.run(run, cwd=folder, env=environment, timeout=90, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith('RuntimeError: planted\n')
