@@ -178,7 +178,7 @@ def _model(model: type) -> Rule:
     ours, foreign = issubclass(model, CEAModel), not model.__module__.startswith(('basicsr.', 'cea_arch.'))
     train = CEA_TRAIN if ours else TRAIN | _guess(_keys_read(model, r"(?:train_opt|opt\['train'\])"), TRAIN)
     if foreign:
-        train |= {'optim_g': section({'lr': _POSITIVE}, ['lr'], closed=False), 'scheduler': {'type': 'object'}}
+        train = train | {'optim_g': section({'lr': _POSITIVE}, ['lr'], closed=False), 'scheduler': {'type': 'object'}}
     val = CEA_VAL if ours else VAL | _guess(_keys_read(model, r"opt\['val'\]"), VAL)
     top = TOP if ours else TOP | _guess(_keys_read(model, r'(?<!\w)opt'), TOP)
     networks = [key.removeprefix('network_') for key in top if key.startswith('network_')]

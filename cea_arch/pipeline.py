@@ -15,6 +15,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -97,7 +98,12 @@ def _run_here(args: Namespace, opt: dict[str, Any]) -> None:
     _keep_freed_memory()
     stops = args.command == 'train' and opt['model_type'] == 'CEAModel' and current_thread() is main_thread()
     with held, _replaced(changes), _own_log(), _stopping_on_signals() if stops else nullcontext():
-        getattr(module, f'{args.command}_pipeline')(str(Path(args.root).absolute()))
+        try:
+            getattr(module, f'{args.command}_pipeline')(str(Path(args.root).absolute()))
+        except Exception as error:
+            # workers ignore signals: while a frame of the traceback holds their loader, Python waits for them for ever
+            traceback.clear_frames(error.__traceback__)
+            raise
         if args.command == 'train' and not args.debug:
             _draw_curves(args.root, opt['name'])
 

@@ -305,3 +305,28 @@ def test_no_image_can_be_read(workplace, capsys):
     del opt['datasets']['val_1'], opt['datasets']['val_2']
     assert train(folder, opt) == 2
     assert 'cannot be decoded' in capsys.readouterr().err
+
+
+PLANTED = """
+import sys
+from cea_arch.cli import main
+from cea_arch.models.cea_model import CEAModel
+
+def fail(self, current_iter):
+    raise RuntimeError('planted')
+
+CEAModel.optimize_parameters = fail
+sys.exit(main(['train', '-opt', 'o.yml']))
+"""
+
+
+def test_an_error_that_nobody_foresaw_ends_the_process(workplace):
+    """Loader workers, which leave signals to the main process, do not keep it waiting."""
+    folder, opt = workplace
+    opt['datasets']['train']['num_worker_per_gpu'] = 1
+    (folder / 'o.yml').write_text(json.dumps(opt))
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    run = [sys.executable, '-c', PLANTED]
+    done = subprocess.run(run, cwd=folder, env=environment, timeout=90, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith('RuntimeError: planted\n')
