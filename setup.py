@@ -36,7 +36,9 @@ setup(
         'export': EXPORT,
         'safetensors': ['safetensors'],
         'spandrel': ['spandrel'],
-        'dev': ['pytest', 'ruff', 'safetensors', 'spandrel', *EXPORT],
+        'demo': ['gradio>=6'],
+        'video': ['av'],
+        'dev': ['pytest', 'ruff', 'safetensors', 'spandrel', 'av', *EXPORT],
     },
     entry_points={'console_scripts': ['cea = cea_arch.cli:main']},
     classifiers=[
