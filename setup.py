@@ -36,7 +36,9 @@ setup(
         'export': EXPORT,
         'safetensors': ['safetensors'],
         'spandrel': ['spandrel'],
-        'dev': ['jsonschema', 'pytest', 'ruff', 'safetensors', 'spandrel', 'wandb', *EXPORT],
+        'demo': ['gradio>=6'],
+        'video': ['av'],
+        'dev': ['av', 'jsonschema', 'pytest', 'ruff', 'safetensors', 'spandrel', 'wandb', *EXPORT],
     },
     entry_points={'console_scripts': ['cea = cea_arch.cli:main']},
     classifiers=[

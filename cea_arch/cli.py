@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 import cea_arch
-from cea_arch import doctor, export, restore_files
+from cea_arch import demo, doctor, export, restore_files
 from cea_arch.checkpoints import merge
 from cea_arch.compat import HAS_BASICSR, REMEDY
 from cea_arch.errors import UserError
@@ -47,8 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(needs_basicsr=True)
     restore = _add(commands, 'restore', 'restore picture files, folders of them, or patterns', restore_files.run)
     restore_files.add_arguments(restore)
-    text = 'write a network as ONNX for other programs, for pictures of any size'
+    text = 'write a network for other programs, as ONNX or for torch.export, for pictures of any size'
     export.add_arguments(_add(commands, 'export', text, export.run))
+    demo.add_arguments(_add(commands, 'demo', 'open a page on this machine to try a network on pictures', demo.run))
     _add(commands, 'doctor', 'say what is installed, what is not right, and what to do about it', doctor.run)
     info = _add(commands, 'info', 'say what a file of weights holds', doctor.show_weights)
     info.add_argument('file', help='.pth or .safetensors')

@@ -27,6 +27,8 @@ EXTRAS = {
     'safetensors': ('safetensors',),
     'export': ('onnx', 'onnxruntime', 'onnxscript'),
     'spandrel': ('spandrel',),
+    'demo': ('gradio',),
+    'video': ('av',),
 }
 KNOWN_BASICSR = '1.4.2'
 

@@ -30,7 +30,6 @@ import torch
 from basicsr.utils import check_resume
 from basicsr.utils.dist_util import master_only
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.tensorboard import SummaryWriter
 
 import cea_arch
 from cea_arch import distributed
@@ -38,8 +37,7 @@ from cea_arch.data.replay import ReplayDataset, ReplaySampler, start_worker
 from cea_arch.errors import UserError
 from cea_arch.files import locked
 from cea_arch.models.cea_model import CEAModel
-from cea_arch.models.curves import ProgressLogger, draw_curves, read_curves
-from cea_arch.models.report import write_picture
+from cea_arch.models.curves import ProgressLogger, open_tensorboard, start_wandb, write_curves
 from cea_arch.models.training_step import TrainingStopped
 from cea_arch.options import check_options, read_options, write_options
 
@@ -91,8 +89,8 @@ def _run_here(args: Namespace, opt: dict[str, Any]) -> None:
             (module, 'load_resume_state', lambda opt: resumed.setdefault('state', _agreed_state(opt))),
             (module, 'EnlargedSampler', ReplaySampler),
             (module, 'create_train_val_dataloader', _exact(module, resumed)),
-            (module, 'init_tb_logger', lambda log_dir: _open_tensorboard(log_dir, resumed['state'])),
-            (module, 'init_wandb_logger', _start_wandb),
+            (module, 'init_tb_logger', lambda log_dir: open_tensorboard(log_dir, resumed['state'])),
+            (module, 'init_wandb_logger', start_wandb),
             (module, 'MessageLogger', ProgressLogger),
         ]
     _keep_freed_memory()
@@ -105,36 +103,7 @@ def _run_here(args: Namespace, opt: dict[str, Any]) -> None:
             traceback.clear_frames(error.__traceback__)
             raise
         if args.command == 'train' and not args.debug:
-            _draw_curves(args.root, opt['name'])
-
-
-@master_only
-def _open_tensorboard(folder: str, state: dict[str, Any] | None) -> SummaryWriter:
-    """As BasicSR's, but what an interrupted run wrote after the state that it is resumed from is taken back."""
-    return SummaryWriter(folder, purge_step=state['iter'] + 1 if state else None)
-
-
-@master_only
-def _start_wandb(opt: dict[str, Any]) -> None:
-    """As BasicSR's, which calls a function that wandb no longer has: what TensorBoard is told goes to wandb, too."""
-    try:
-        wandb = importlib.import_module('wandb')
-    except ImportError as error:
-        raise UserError('logger.wandb is set, but wandb is not installed: pip install wandb.') from error
-    options = opt['logger']['wandb']
-    resumed = {'id': options['resume_id'], 'resume': 'allow'} if options.get('resume_id') else {}
-    if not wandb.patched['tensorboard']:
-        wandb.tensorboard.patch(root_logdir=str(Path(opt['root_path'], 'tb_logger')))
-    run = wandb.init(name=opt['name'], config=opt, project=options['project'], **resumed)
-    logging.getLogger('basicsr').info('wandb run %s of project %s.', run.id, options['project'])
-
-
-@master_only
-def _draw_curves(root: str, name: str) -> None:
-    """Write ``curves.png`` beside the table, of what TensorBoard was told, if it was."""
-    events = Path(root, 'tb_logger', name)
-    if events.is_dir():
-        write_picture(Path(root, 'experiments', name, 'curves.png'), draw_curves(read_curves(events)))
+            write_curves(args.root, opt['name'])
 
 
 def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:

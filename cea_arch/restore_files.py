@@ -17,6 +17,7 @@ from cea_arch.errors import UserError
 from cea_arch.maps import RoutingMaps, draw_maps
 from cea_arch.pictures import SUFFIXES, Picture, as_rgb8, read_picture, write_picture
 from cea_arch.restore import Restorer, enlarged, restore
+from cea_arch.tiling import keep_freed_memory
 
 LAST_LAYER = 'last'
 
@@ -61,6 +62,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Restore all pictures; returns 1 if one could not be, after all others are done."""
+    keep_freed_memory()
     output = Path(args.output)
     jobs, failures = find_jobs(args.inputs, output, args.recursive)
     done = 0

@@ -170,10 +170,9 @@ def _descriptor(
     channels: int,
     size_requirements: spandrel.SizeRequirements | None = None,
     output_channels: int | None = None,
-    supports_half: bool = False,
+    supports_half: bool = True,
     supports_bfloat16: bool = True,
 ) -> spandrel.ImageModelDescriptor:
-    """A descriptor; half precision is off by default, as sums over all pixels of large pictures overflow in it."""
     return spandrel.ImageModelDescriptor(
         net,
         net.state_dict(),

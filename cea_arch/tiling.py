@@ -1,7 +1,9 @@
 """Run a network over an image in overlapping tiles: the image stays where it is, only tiles move to the device."""
 
+import ctypes
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count, pairwise, product
 
@@ -15,7 +17,8 @@ from cea_arch.layers.whole_image import WholeImage
 ALIGN = 16  # pixels; tiles and overlaps are multiples, so that cells of all levels and windows agree with the image's
 SWEEPS = 2  # over the tiles for statistics before the last pass; each brought tiles some 25 dB closer to untiled
 MIN_TILE = 64  # pixels; smaller ones are not tried when memory runs out
-CPU_BUDGET = 2**30  # bytes of activations; the picture, its result and torch itself come on top
+CPU_BUDGET = 2**29  # bytes of activations; larger tiles save little time. Picture, result and torch come on top
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,17 @@ def halvings(tile: int, overlap: int) -> Iterator[tuple[int, int]]:
         if tile <= MIN_TILE:
             return
         tile = max(tile // 2 // ALIGN * ALIGN, MIN_TILE)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next tensor, instead of returning it to the system and asking again.
+
+    It halves the time of restoring on a CPU (measured), holds for the whole process, and is for commands alone.
+    """
+    with suppress(OSError, AttributeError):  # not on other systems
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _free_memory() -> int:

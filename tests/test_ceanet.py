@@ -137,3 +137,12 @@ def test_bad_arguments_are_named(options, message):
 def test_a_fresh_network_is_the_identity():
     x = torch.rand(1, 3, 19, 22)
     assert torch.equal(CEANet(**TINY)(x), x)
+
+
+def test_half_precision_does_not_overflow_on_large_pictures():
+    attention = ChannelAttention(8, 2)
+    qkv = torch.randn(1, 24, 300, 400) + 2  # products that sum to half a million
+    exact, half = attention.statistics(qkv), attention.statistics(qkv.half())
+    assert exact[0].max() > torch.finfo(torch.float16).max
+    for one, other in zip(exact, half):
+        torch.testing.assert_close(other, one, rtol=5e-3, atol=0)

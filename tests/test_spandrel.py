@@ -67,9 +67,12 @@ def test_ceanet_of_named_sizes(size, suffix, tmp_path, recwarn):
     assert (found.architecture.id, found.scale, found.purpose) == ('CEANet', 1, 'Restoration')
     assert (found.input_channels, found.output_channels, found.size_requirements.none) == (3, 3, True)
     assert found.tags == [size, 'CEA']
-    assert (found.supports_half, found.supports_bfloat16) == (False, True)
+    assert (found.supports_half, found.supports_bfloat16) == (True, True)
     assert not [w for w in recwarn if 'do not tell' in str(w.message)]
     check(found, net)
+    x = torch.rand(1, 3, 33, 40)
+    exact = found(x).clone()
+    assert (found.half()(x.half()) - exact).abs().max() < 1e-2
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ class CEANet(nn.Module):
         features = self.latent(features)
         for level in reversed(range(NUM_LEVELS - 1)):
             skip = skips.pop()
-            features = self.up[level](features)[..., : skip.shape[-2], : skip.shape[-1]]
+            features = _crop(self.up[level](features), *skip.shape[-2:])
             features = self.decoder[level](self.fuse[level](torch.cat([features, skip], dim=1)))
         return x + self.output(self.refinement(features))
 
@@ -171,6 +171,16 @@ class Downsample(nn.Module):
         if torch.compiler.is_compiling() or row or column:
             x = F.pad(x, (0, column, 0, row), mode='replicate')
         return F.pixel_unshuffle(x, 2)
+
+
+def _crop(x: Tensor, height: int, width: int) -> Tensor:
+    """The first rows and columns of ``(B, C, H, W)``."""
+    if (
+        torch.compiler.is_compiling()
+    ):  # a slice would bind the program to sizes that are odd, or even, as the traced one
+        rows, columns = (torch.arange(length, device=x.device) for length in (height, width))
+        return x.index_select(2, rows).index_select(3, columns)
+    return x[..., :height, :width]
 
 
 def _upsample(dim: int) -> nn.Sequential:

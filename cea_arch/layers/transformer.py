@@ -49,6 +49,9 @@ class ChannelAttention(nn.Module):
         """
         q, k = (self._heads(t) for t in qkv.chunk(3, dim=1)[:2])
         norms = [t.norm(dim=-1, dtype=torch.float32 if t.dtype.itemsize < 4 else t.dtype) for t in (q, k)]
+        if qkv.dtype == torch.float16:  # whose range a sum over many pixels leaves: the product of unit vectors instead
+            q, k = (t / norm.clamp_min(1e-6).unsqueeze(-1).to(t.dtype) for t, norm in zip((q, k), norms))
+            return (q @ k.mT).float() * norms[0].unsqueeze(-1) * norms[1].unsqueeze(-2), *norms
         return q @ k.mT, *norms
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -1,15 +1,19 @@
 """A training's curves: what TensorBoard is told of its speed, and a picture of losses and scores at its end."""
 
+import importlib
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from basicsr.utils import MessageLogger
+from basicsr.utils import MessageLogger, get_root_logger
 from basicsr.utils.dist_util import master_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
+
+from cea_arch.errors import UserError
+from cea_arch.models.report import write_picture
 
 Curve = tuple[np.ndarray, np.ndarray]
 PANEL = (260, 480)  # height and width of a panel, in pixels
@@ -38,6 +42,35 @@ class ProgressLogger(MessageLogger):
             self.tb_logger.add_scalar('speed/images_per_s', self.batch / seconds, iteration)
             self.tb_logger.add_scalar('speed/data_wait', min(log_vars['data_time'] / seconds, 1), iteration)
         super().__call__(log_vars)
+
+
+@master_only
+def open_tensorboard(folder: str, state: dict[str, Any] | None) -> SummaryWriter:
+    """As BasicSR's, but what an interrupted run wrote after the state that it is resumed from is taken back."""
+    return SummaryWriter(folder, purge_step=state['iter'] + 1 if state else None)
+
+
+@master_only
+def start_wandb(opt: dict[str, Any]) -> None:
+    """As BasicSR's, which calls a function that wandb no longer has: what TensorBoard is told goes to wandb, too."""
+    try:
+        wandb = importlib.import_module('wandb')
+    except ImportError as error:
+        raise UserError('logger.wandb is set, but wandb is not installed: pip install wandb.') from error
+    options = opt['logger']['wandb']
+    resumed = {'id': options['resume_id'], 'resume': 'allow'} if options.get('resume_id') else {}
+    if not wandb.patched['tensorboard']:
+        wandb.tensorboard.patch(root_logdir=str(Path(opt['root_path'], 'tb_logger')))
+    run = wandb.init(name=opt['name'], config=opt, project=options['project'], **resumed)
+    get_root_logger().info('wandb run %s of project %s.', run.id, options['project'])
+
+
+@master_only
+def write_curves(root: str, name: str) -> None:
+    """Write ``curves.png`` beside the table, of what TensorBoard was told, if it was."""
+    events = Path(root, 'tb_logger', name)
+    if events.is_dir():
+        write_picture(Path(root, 'experiments', name, 'curves.png'), draw_curves(read_curves(events)))
 
 
 def read_curves(folder: str | Path) -> dict[str, Curve]:

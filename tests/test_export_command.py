@@ -1,0 +1,86 @@
+"""`cea export`: files of CEANet and injected networks for onnxruntime and torch.export."""
+
+import pytest
+import torch
+from test_ceanet import TINY, lively
+from test_inject import options_of
+
+from cea_arch.archs.ceanet_arch import CEANet
+from cea_arch.archs.with_cea_arch import WithCEA
+from cea_arch.checkpoints import write_checkpoint
+from cea_arch.cli import main
+from cea_arch.errors import UserError
+from cea_arch.export import FORMATS, SIZES, TOLERANCE, TOLERANCE_HALF, export_network
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+@pytest.fixture(scope='module')
+def net():
+    torch.manual_seed(0)
+    net = lively(CEANet(**TINY))
+    with torch.no_grad():  # a change as large as a restoration's
+        net.output.weight.mul_(0.1 / (net(torch.rand(1, 3, 32, 32)) - 0.5).std())
+    return net
+
+
+def check(read, net, dtype, tolerance):
+    for size in SIZES:
+        x = torch.rand(1, 3, *size)
+        torch.testing.assert_close(read(x.to(dtype)).float(), net(x).detach(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize('words', [[], ['--fp16']])
+def test_onnx_gives_the_same_image_at_five_sizes(net, tmp_path, capsys, words):
+    pytest.importorskip('onnxscript', reason='needs the extra: pip install -e ".[export]"')
+    runtime = pytest.importorskip('onnxruntime', reason='needs the extra: pip install -e ".[export]"')
+    write_checkpoint({'params': net.state_dict(), 'network_g': {'type': 'CEANet', **TINY}}, tmp_path / 'a.pth')
+    path = tmp_path / 'a.onnx'
+    dtype, tolerance = (torch.float16, TOLERANCE_HALF) if words else (torch.float32, TOLERANCE)
+    assert main(['export', str(path), '-m', str(tmp_path / 'a.pth'), *words]) == 0
+    kind = str(dtype).removeprefix('torch.')
+    assert f'a.onnx: RGB in [0, 1], {kind}, input lq, output restored; within' in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['a.onnx', 'a.pth']
+    session = runtime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    check(lambda x: torch.from_numpy(session.run(None, {'lq': x.numpy()})[0]), net, dtype, tolerance)
+    assert main(['export', str(path), '-m', str(tmp_path / 'a.pth')]) == 2
+    assert 'a.onnx exists; --overwrite replaces it.' in capsys.readouterr().err
+
+
+def test_torch_export_gives_the_same_image_at_five_sizes(net, tmp_path, capsys):
+    write_checkpoint({'params': net.state_dict(), 'network_g': {'type': 'CEANet', **TINY}}, tmp_path / 'a.pth')
+    assert main(['export', str(tmp_path / 'a.pt2'), '-m', str(tmp_path / 'a.pth')]) == 0
+    assert 'a.pt2: RGB in [0, 1], float32; within' in capsys.readouterr().out
+    check(torch.export.load(tmp_path / 'a.pt2').module(), net, torch.float32, TOLERANCE)
+
+
+def test_networks_that_enlarge_or_want_multiples(tmp_path):
+    def make(kind):
+        torch.manual_seed(0)
+        options = options_of(kind)
+        del options['type']
+        return lively(WithCEA(**options))
+
+    error, sizes = export_network(make('RRDBNet'), tmp_path / 'a.pt2')
+    assert error <= TOLERANCE
+    assert sizes == [(16, 24), (34, 40), (64, 48), (18, 90), (10, 12)]
+    program = torch.export.load(tmp_path / 'a.pt2').module()
+    assert program(torch.rand(1, 3, 10, 14)).shape == (1, 3, 20, 28)
+    with pytest.raises(UserError, match='cannot be exported for pictures of any size: Guard failed'):
+        export_network(make('SwinIR'), tmp_path / 'b.pt2')  # it lays out its windows in Python
+    assert [p.name for p in tmp_path.iterdir()] == ['a.pt2']
+
+
+def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMATS, '.pt2', (FORMATS['.pt2'][0], lambda path: lambda x: x + 1))
+    with pytest.raises(UserError, match=r'what was exported differs by .*, over 1.0e-04; it is not kept'):
+        export_network(torch.nn.Conv2d(3, 3, 3, padding=1), tmp_path / 'a.pt2')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_are_named(net, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r'expected a name that ends in \.onnx or \.pt2'):
+        export_network(net, tmp_path / 'a.pth')
+    monkeypatch.setitem(__import__('sys').modules, 'onnxscript', None)
+    with pytest.raises(UserError, match=r'pip install "cea-arch\[export\]"'):
+        export_network(net, tmp_path / 'a.onnx')
