@@ -27,6 +27,12 @@ def written_beside(path: str | os.PathLike) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Remove what processes that were killed while they wrote have left in ``folder``; none may write there now."""
+    for path in Path(folder).rglob('*.tmp'):
+        path.unlink()
+
+
 @contextmanager
 def locked(folder: str | os.PathLike) -> Iterator[None]:
     """Keep other processes from locking ``folder`` until the end of the block or, however it comes, of this process.

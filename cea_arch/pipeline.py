@@ -35,7 +35,7 @@ import cea_arch
 from cea_arch import distributed
 from cea_arch.data.replay import ReplayDataset, ReplaySampler, start_worker
 from cea_arch.errors import UserError
-from cea_arch.files import locked
+from cea_arch.files import locked, remove_leftovers
 from cea_arch.models.cea_model import CEAModel
 from cea_arch.models.curves import ProgressLogger, open_tensorboard, start_wandb, write_curves
 from cea_arch.models.training_step import TrainingStopped
@@ -196,7 +196,9 @@ def _checked(parse_options: Callable, held: ExitStack, opt: dict[str, Any]) -> C
         with distributed.together():
             check_options(_choose_device(parsed, opt))
             if parsed['rank'] == 0:
-                held.enter_context(locked(parsed['path']['experiments_root' if is_train else 'results_root']))
+                folder = parsed['path']['experiments_root' if is_train else 'results_root']
+                held.enter_context(locked(folder))
+                remove_leftovers(folder)
         return parsed, args
 
     return parse

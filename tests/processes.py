@@ -6,8 +6,8 @@ import socket
 import sys
 from pathlib import Path
 
-_CONTEXT = multiprocessing.get_context('forkserver')
-_CONTEXT.set_forkserver_preload(['cea_arch.pipeline', 'basicsr.train', 'basicsr.test', 'torch.utils.tensorboard'])
+CONTEXT = multiprocessing.get_context('forkserver')
+CONTEXT.set_forkserver_preload(['cea_arch.pipeline', 'basicsr.train', 'basicsr.test', 'torch.utils.tensorboard'])
 
 
 def launch(folder, *arguments, ranks=1):
@@ -23,7 +23,7 @@ def launch(folder, *arguments, ranks=1):
     processes = []
     for rank in range(ranks):
         environment = common | {'RANK': str(rank), 'LOCAL_RANK': str(rank)} if ranks > 1 else {}
-        processes.append(_CONTEXT.Process(target=_run, args=(str(folder), arguments, environment, rank)))
+        processes.append(CONTEXT.Process(target=_run, args=(str(folder), arguments, environment, rank)))
         processes[-1].start()
     return processes
 

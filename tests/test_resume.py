@@ -214,10 +214,9 @@ def test_what_a_run_shows(workplace):
     height, width = cv2.imread(str(run / 'maps/s25/refinement.0.cea.png')).shape[:2]
     assert (height, width) == (3 * (40 + 8), 3 * (45 + 8))  # eight components
     curves = cv2.imread(str(run / 'curves.png'))
-    assert curves.shape == (2 * 260, 2 * 480, 3)
-    assert (
-        np.ptp(curves.reshape(2, 260, 2, 480, 3).astype(int), axis=-1).max((1, 3)) > 50
-    ).all()  # a line in each panel
+    assert curves.shape == (3 * 260, 2 * 480, 3)
+    coloured = np.ptp(curves.reshape(3, 260, 2, 480, 3).astype(int), axis=-1).max((1, 3)) > 50
+    assert coloured.ravel().tolist() == [True] * 5 + [False]  # lr, two losses, two metrics; no sixth panel
     for path in (run / 'training_states').iterdir():
         if int(path.stem) > 2:
             path.unlink()
@@ -305,6 +304,41 @@ def test_no_image_can_be_read(workplace, capsys):
     del opt['datasets']['val_1'], opt['datasets']['val_2']
     assert train(folder, opt) == 2
     assert 'cannot be decoded' in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+from cea_arch.cli import main
+
+replace = os.replace
+
+def fail(source, target):
+    if str(target).endswith('4.state'):
+        os.truncate(source, 1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+os.replace = fail
+sys.exit(main(['train', '-opt', 'o.yml']))
+"""
+
+
+def test_kill_in_the_middle_of_a_save(workplace):
+    """The weights of iteration 4 are there, its state is half written beside: the run goes on from iteration 2."""
+    folder, opt = workplace
+    opt['val'] = {'val_freq': 100, 'save_img': False}
+    (folder / 'o.yml').write_text(json.dumps(opt))
+    run = [sys.executable, '-c', KILLED]
+    done = subprocess.run(
+        run, cwd=folder, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    states = folder / 'experiments/run/training_states'
+    assert sorted(path.suffix for path in states.iterdir()) == ['.state', '.tmp']
+    assert (folder / 'experiments/run/models/net_g_4.pth').is_file()
+    assert train(folder, opt, '--auto_resume') == 0
+    assert 'Resuming training from epoch: 1, iter: 2.' in log_of(folder)
+    assert not list(folder.rglob('*.tmp'))
 
 
 PLANTED = """

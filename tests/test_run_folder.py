@@ -11,6 +11,7 @@ import time
 import pytest
 import yaml
 from conftest import ROOT
+from processes import CONTEXT
 from test_resume import weights
 from test_training import train
 
@@ -54,38 +55,36 @@ def test_a_second_run_in_one_folder_ends_at_once(workplace):
     assert not list((folder / 'experiments').glob('.*'))
 
 
-def hold(folder):
-    """Lock ``folder`` in another process, which has a child; returns its number and the pipe that ends both."""
-    ready, go = os.pipe(), os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        with locked(folder):
-            if os.fork() == 0:
-                os.read(go[0], 2)
-                os._exit(0)
-            os.write(ready[1], b'x')
-            os.read(go[0], 1)
-        os._exit(0)
-    os.read(ready[0], 1)
-    return pid, go[1]
+def hold(folder, pipe):
+    """Lock ``folder`` until told otherwise; says the number of a child that lives on."""
+    with locked(folder):
+        child = os.fork()
+        if child == 0:
+            time.sleep(120)
+            os._exit(0)
+        pipe.send(child)
+        pipe.recv()
 
 
 @pytest.mark.parametrize('number', [0, signal.SIGKILL])
 def test_a_lock_ends_with_its_process(tmp_path, number):
     """Also while a child of it is alive, and whether or not it could clean up."""
-    pid, pipe = hold(tmp_path / 'run')
-    with pytest.raises(UserError, match=f'run is in use by process {pid} on '), locked(tmp_path / 'run'):
+    pipe, other_end = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=hold, args=(tmp_path / 'run', other_end))
+    process.start()
+    child = pipe.recv()
+    with pytest.raises(UserError, match=f'run is in use by process {process.pid} on '), locked(tmp_path / 'run'):
         pass
     if number:
-        os.kill(pid, number)
+        os.kill(process.pid, number)
     else:
-        os.write(pipe, b'x')
-    os.waitpid(pid, 0)
+        pipe.send('end')
+    process.join(60)
     assert (tmp_path / '.run.lock').exists() == bool(number)
     with locked(tmp_path / 'run'):
         assert (tmp_path / '.run.lock').read_text() == f'process {os.getpid()} on {platform.node()}'
     assert list(tmp_path.iterdir()) == []
-    os.write(pipe, b'xx')
+    os.kill(child, signal.SIGKILL)
 
 
 def test_the_options_of_a_run_train_the_same_again(workplace):

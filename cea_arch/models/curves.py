@@ -85,7 +85,7 @@ def read_curves(folder: str | Path) -> dict[str, Curve]:
 
 
 def draw_curves(curves: dict[str, Curve]) -> np.ndarray:
-    """Draw losses in one panel, each metric in one with a line a validation set, and the learning rate; BGR uint8.
+    """Draw the learning rate, each loss, and each metric with a line a validation set; BGR uint8.
 
     Args:
         curves: By tags as CEAModel writes them: ``losses/l_pix``, ``metrics/<set>/<metric>``, ``lr``.
@@ -96,7 +96,7 @@ def draw_curves(curves: dict[str, Curve]) -> np.ndarray:
         if head == 'metrics':
             panels[rest[-1]]['/'.join(rest[:-1])] = curve
         elif head in ('losses', 'lr'):
-            panels[head]['/'.join(rest) or head] = curve
+            panels[tag][''] = curve
     drawn = [_panel(title, lines) for title, lines in panels.items()]
     drawn += [np.full_like(drawn[0], 255)] * (len(drawn) % 2)
     return np.vstack([np.hstack(pair) for pair in zip(drawn[::2], drawn[1::2], strict=True)])
