@@ -136,4 +136,6 @@ def _slurm_environment(port: int | None) -> None:
         os.environ['MASTER_ADDR'] = names[0]
     if port is not None or 'MASTER_PORT' not in os.environ:
         os.environ['MASTER_PORT'] = str(port or PORT)
+    if torch.cuda.device_count() == 1:  # --gpus-per-task=1 shows each process its own alone
+        local_rank = '0'
     os.environ |= {'RANK': rank, 'WORLD_SIZE': world_size, 'LOCAL_RANK': local_rank}

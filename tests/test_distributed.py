@@ -182,3 +182,6 @@ def test_slurm_names_the_processes(monkeypatch, tmp_path):
     distributed.start('slurm', cuda=False, port=29400)
     names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
     assert [os.environ[name] for name in names] == ['3', '4', '1', 'n7', '29400']
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)  # as with --gpus-per-task=1
+    distributed.start('slurm', cuda=False)
+    assert os.environ['LOCAL_RANK'] == '0'
