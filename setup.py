@@ -37,8 +37,8 @@ setup(
         'safetensors': ['safetensors'],
         'spandrel': ['spandrel'],
         'demo': ['gradio>=6'],
-        'video': ['av'],
-        'dev': ['pytest', 'ruff', 'safetensors', 'spandrel', 'av', *EXPORT],
+        'video': ['av>=17'],
+        'dev': ['pytest', 'ruff', 'safetensors', 'spandrel', 'av>=17', *EXPORT],
     },
     entry_points={'console_scripts': ['cea = cea_arch.cli:main']},
     classifiers=[
