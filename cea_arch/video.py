@@ -1,13 +1,12 @@
 """Clips in and out, frame by frame, with their sound. Needs PyAV, an extra."""
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cea_arch.errors import UserError
+from cea_arch.errors import UserError, need
 from cea_arch.files import written_beside
 from cea_arch.restore import Restorer, restore
 
@@ -38,10 +37,7 @@ def restore_clip(
     Raises:
         UserError: PyAV is absent, or ``source`` is no clip with pictures, or is damaged.
     """
-    try:
-        av = importlib.import_module('av')
-    except ModuleNotFoundError as error:
-        raise UserError('clips need an extra: `pip install "cea-arch[video]"`.') from error
+    av = need('av', 'video', 'clips')
     try:
         with av.open(str(source)) as clip:
             if not clip.streams.video:

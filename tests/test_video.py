@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from test_restore import model  # noqa: F401  a fixture
 from torch import nn
 
 from cea_arch.cli import main
@@ -94,7 +93,7 @@ def test_frames_are_restored_and_enlarged(tmp_path, photograph):
     assert np.abs(after[:, ::2, ::2] - before / 2).mean() < 4
 
 
-def test_the_command_restores_clips_beside_pictures(model, tmp_path, photograph, capsys):  # noqa: F811
+def test_the_command_restores_clips_beside_pictures(model, tmp_path, photograph, capsys):
     write_clip(tmp_path / 'a.mp4', photograph=photograph)
     (tmp_path / 'cut.mp4').write_bytes((tmp_path / 'a.mp4').read_bytes()[:300])
     clips = [str(tmp_path / name) for name in ('a.mp4', 'cut.mp4')]
@@ -120,5 +119,5 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match='has no pictures'):
         restore_clip(tmp_path / 'a.mp4', tmp_path / 'b.mp4', Restorer(nn.Identity(), 'cpu'))
     monkeypatch.setitem(__import__('sys').modules, 'av', None)
-    with pytest.raises(UserError, match=r'pip install "cea-arch\[video\]"'):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[video\]"'):
         restore_clip(tmp_path / 'a.mp4', tmp_path / 'b.mp4', Restorer(nn.Identity(), 'cpu'))
