@@ -37,8 +37,8 @@ setup(
         'safetensors': ['safetensors'],
         'spandrel': ['spandrel'],
         'demo': ['gradio>=6'],
-        'video': ['av'],
-        'dev': ['av', 'jsonschema', 'pytest', 'ruff', 'safetensors', 'spandrel', 'wandb', *EXPORT],
+        'video': ['av>=17'],
+        'dev': ['av>=17', 'jsonschema', 'pytest', 'ruff', 'safetensors', 'spandrel', 'wandb', *EXPORT],
     },
     entry_points={'console_scripts': ['cea = cea_arch.cli:main']},
     classifiers=[

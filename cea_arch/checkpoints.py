@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from cea_arch.archs.ceanet_arch import SIZES, CEANet
 from cea_arch.compat import ARCH_REGISTRY, HAS_BASICSR
-from cea_arch.errors import UserError, lookup
+from cea_arch.errors import UserError, lookup, need
 from cea_arch.files import written_beside
 
 WEIGHT_KEYS = ('params_ema', 'params')
 PREFIXES = ('module.', '_orig_mod.')  # DataParallel and torch.compile leave them before every name
+SAFETENSORS = 'files .safetensors'
 METADATA_KEY = 'cea_arch'  # of the JSON in a .safetensors file
 SHOWN = 3
 # what torch's reader raises for bytes that are no weights
@@ -193,7 +194,9 @@ def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike) -> Non
             if Path(path).suffix == '.safetensors':
                 weights = {name: value.contiguous() for name, value in weights_of(content, path).items()}
                 rest = {key: value for key, value in content.items() if key not in WEIGHT_KEYS and key not in weights}
-                _safetensors('torch').save_file(weights, aside, metadata={METADATA_KEY: json.dumps(rest)})
+                need('safetensors.torch', 'safetensors', SAFETENSORS).save_file(
+                    weights, aside, metadata={METADATA_KEY: json.dumps(rest)}
+                )
             else:
                 torch.save(dict(content), aside)
     except (OSError, RuntimeError) as error:  # torch raises the latter where the disk is full
@@ -217,7 +220,7 @@ def _merged(base: dict[str, Tensor], cea: dict[str, Tensor], base_path: str, cea
 
 
 def _read_safetensors(path: str | os.PathLike) -> dict[str, Any]:
-    safetensors = _safetensors()
+    safetensors = need('safetensors', 'safetensors', SAFETENSORS)
     try:
         with safetensors.safe_open(path, framework='pt') as file:
             metadata = file.metadata() or {}
@@ -225,11 +228,3 @@ def _read_safetensors(path: str | os.PathLike) -> dict[str, Any]:
         return {'params': weights, **json.loads(metadata.get(METADATA_KEY, '{}'))}
     except (safetensors.SafetensorError, ValueError) as error:
         raise UserError(f'{path} is not a file of weights: {error}') from error
-
-
-def _safetensors(module: str | None = None) -> Any:
-    try:
-        import safetensors.torch
-    except ModuleNotFoundError as error:
-        raise UserError('files .safetensors need an extra: `pip install "cea-arch[safetensors]"`.') from error
-    return safetensors.torch if module else safetensors

@@ -1,7 +1,6 @@
 """``cea demo``: a page on this machine to try a network on one's own pictures, degraded further at will."""
 
 import argparse
-import importlib
 import os
 import tempfile
 from dataclasses import replace
@@ -12,7 +11,7 @@ import numpy as np
 
 from cea_arch.checkpoints import default_model
 from cea_arch.data.degradations import ORDER, quantize, synthesize
-from cea_arch.errors import UserError
+from cea_arch.errors import UserError, need
 from cea_arch.maps import RoutingMaps, draw_maps
 from cea_arch.pictures import as_rgb8, read_picture, write_picture
 from cea_arch.restore import Restorer, enlarged, restore
@@ -50,7 +49,7 @@ def serve(page: Any, host: str = '127.0.0.1', port: int | None = None) -> Any:
     """
     try:
         # its own fonts alone: the default theme asks a font server
-        theme = importlib.import_module('gradio').themes.Default(font='sans-serif', font_mono='monospace')
+        theme = need('gradio', 'demo', 'the page').themes.Default(font='sans-serif', font_mono='monospace')
         page.launch(
             server_name=host,
             server_port=port,
@@ -72,10 +71,7 @@ def build_page(restorer: Restorer, folder: Path) -> Any:
         UserError: gradio is absent.
     """
     os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'  # read at import, too
-    try:
-        gradio = importlib.import_module('gradio')
-    except ModuleNotFoundError as error:
-        raise UserError('the page needs an extra: `pip install "cea-arch[demo]"`.') from error
+    gradio = need('gradio', 'demo', 'the page')
 
     def answer(path: str | None, tasks: list[str], seed: int) -> tuple:
         try:

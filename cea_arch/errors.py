@@ -1,11 +1,24 @@
 """What a user got wrong, said in a sentence."""
 
 import difflib
+import importlib
 from collections.abc import Callable, Iterable
+from types import ModuleType
 
 
 class UserError(ValueError):
     """A mistake in options, files or data, which the user can mend. The commands print it without a traceback."""
+
+
+def need(module: str, extra: str, what: str) -> ModuleType:
+    """Import a module that an optional extra brings; UserError with the command that installs it if it is absent."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f'{what} need{"" if what.endswith("s") else "s"} an extra: `pip install -e ".[{extra}]"` where you cloned '
+            'this repository.'
+        ) from error
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

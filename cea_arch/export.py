@@ -2,20 +2,18 @@
 
 import argparse
 import copy
-import importlib
 import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
 from cea_arch.checkpoints import default_model, load_network
-from cea_arch.errors import UserError
+from cea_arch.errors import UserError, need
 from cea_arch.files import written_beside
 from cea_arch.fitting import find_fit
 
@@ -93,7 +91,7 @@ def _traced(net: nn.Module, image: Tensor, multiple: int) -> torch.export.Export
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
-    _need('onnxscript')
+    need('onnxscript', 'export', 'ONNX')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # the exporter's, about its own future
         traced = torch.onnx.export(program, input_names=['lq'], output_names=['restored'], verbose=False, dynamo=True)
@@ -101,7 +99,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
 
 
 def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
-    session = _need('onnxruntime').InferenceSession(path, providers=['CPUExecutionProvider'])
+    session = need('onnxruntime', 'export', 'ONNX').InferenceSession(path, providers=['CPUExecutionProvider'])
     return lambda x: torch.from_numpy(session.run(None, {'lq': x.numpy()})[0])
 
 
@@ -116,13 +114,6 @@ def _read_program(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 FORMATS = {'.onnx': (_write_onnx, _read_onnx), '.pt2': (_write_program, _read_program)}
-
-
-def _need(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        raise UserError('ONNX needs an extra: `pip install "cea-arch[export]"`.') from error
 
 
 @torch.no_grad()

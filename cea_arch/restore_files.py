@@ -18,6 +18,7 @@ from cea_arch.maps import RoutingMaps, draw_maps
 from cea_arch.pictures import SUFFIXES, Picture, as_rgb8, read_picture, write_picture
 from cea_arch.restore import Restorer, enlarged, restore
 from cea_arch.tiling import keep_freed_memory
+from cea_arch.video import ENCODERS, restore_clip
 
 LAST_LAYER = 'last'
 
@@ -33,7 +34,10 @@ class Job:
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare what :func:`run` reads."""
     command.add_argument(
-        'inputs', nargs='+', metavar='PICTURE', help='files, folders or patterns such as "scans/*.png"'
+        'inputs',
+        nargs='+',
+        metavar='PICTURE',
+        help='files, folders or patterns such as "scans/*.png"; clips (.mp4, .mov, .mkv, .webm) by their names',
     )
     command.add_argument('-o', '--output', default='restored', help='folder to write to (default: restored)')
     command.add_argument('-m', '--model', help='file of weights, .pth or .safetensors')
@@ -81,7 +85,10 @@ def run(args: argparse.Namespace) -> int:
         for job in jobs:
             bar.set_description(job.source.name)
             try:
-                restore_file(job, restorer, args.overwrite, args.compare)
+                if job.source.suffix.lower() in ENCODERS:
+                    _restore_clip(job, restorer, args.overwrite, args.compare, bar)
+                else:
+                    restore_file(job, restorer, args.overwrite, args.compare)
                 done += 1
             except (UserError, OSError, RuntimeError, MemoryError) as error:
                 failures.append(str(error) if str(job.source) in str(error) else f'{job.source}: {error}')
@@ -142,6 +149,16 @@ def restore_file(job: Job, restorer: Restorer, overwrite: bool, compare: bool) -
         write_picture(extras[0], Picture(pair, 'PNG', picture.icc), overwrite)
     if restorer.maps:
         write_picture(extras[1], Picture(draw_maps(restorer.maps.maps), 'PNG'), overwrite)
+
+
+def _restore_clip(job: Job, restorer: Restorer, overwrite: bool, compare: bool, bar: tqdm) -> None:
+    if compare or restorer.maps:
+        raise UserError(f'{job.source}: --compare and --maps are for pictures, not for clips.')
+    if job.target.exists() and not overwrite:
+        raise UserError(f'{job.target} exists; --overwrite replaces it.')
+    restore_clip(
+        job.source, job.target, restorer, lambda done, total: bar.set_postfix_str(f'frame {done} of {total or "?"}')
+    )
 
 
 def _tile(text: str) -> int | str:

@@ -17,14 +17,11 @@ from torch import Tensor, nn
 
 from cea_arch.archs.ceanet_arch import NUM_LEVELS, CEANet
 from cea_arch.checkpoints import check_fit, holds_layers_alone, load_network, named_size
-from cea_arch.errors import UserError
+from cea_arch.errors import UserError, need
 from cea_arch.fitting import find_fit
 from cea_arch.layers import cea_state_dict, inject_cea
 
-try:
-    import spandrel
-except ModuleNotFoundError as error:
-    raise UserError('spandrel is an extra: `pip install "cea-arch[spandrel]"`.') from error
+spandrel = need('spandrel', 'spandrel', 'This module')
 
 # where spandrel's own implementation of a network names a block otherwise than BasicSR's
 RENAMED = {'ESRGAN': (r'body\.(\d+)', r'model.1.sub.\1')}

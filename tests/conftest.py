@@ -169,3 +169,15 @@ def small_net():
     with torch.no_grad():
         net.output.weight.mul_(0.05 / net(torch.rand(1, 3, 32, 32)).std())  # a change that can be seen, not noise
     return net
+
+
+@pytest.fixture(scope='session')
+def model(small_net, tmp_path_factory):
+    """Path of a file that holds ``small_net`` and its options."""
+    from test_ceanet import TINY
+
+    from cea_arch.checkpoints import write_checkpoint
+
+    path = tmp_path_factory.mktemp('model') / 'net.pth'
+    write_checkpoint({'params': small_net.state_dict(), 'network_g': {'type': 'CEANet', **TINY}}, path)
+    return str(path)

@@ -116,8 +116,8 @@ def test_damaged_safetensors(tmp_path, damage):
 
 def test_without_the_extra_safetensors_says_how_to_get_it(tmp_path, monkeypatch):
     (tmp_path / 'a.safetensors').write_bytes(b'')
-    monkeypatch.setitem(__import__('sys').modules, 'safetensors.torch', None)
-    with pytest.raises(UserError, match=r'pip install "cea-arch\[safetensors\]"'):
+    monkeypatch.setitem(__import__('sys').modules, 'safetensors', None)
+    with pytest.raises(UserError, match=r'pip install -e "\.\[safetensors\]"'):
         read_checkpoint(tmp_path / 'a.safetensors')
 
 

@@ -58,7 +58,7 @@ def test_other_networks_and_mistakes(upload, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match='choose a picture first'):
         demo.restore_upload(restorer, None, [], 0, tmp_path)
     monkeypatch.setitem(sys.modules, 'gradio', None)
-    with pytest.raises(UserError, match=r'pip install "cea-arch\[demo\]"'):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[demo\]"'):
         demo.build_page(restorer, tmp_path)
     assert main(['demo']) == 2
     assert 'cea demo: name a file of weights' in capsys.readouterr().err

@@ -82,5 +82,5 @@ def test_mistakes_are_named(net, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r'expected a name that ends in \.onnx or \.pt2'):
         export_network(net, tmp_path / 'a.pth')
     monkeypatch.setitem(__import__('sys').modules, 'onnxscript', None)
-    with pytest.raises(UserError, match=r'pip install "cea-arch\[export\]"'):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[export\]"'):
         export_network(net, tmp_path / 'a.onnx')

@@ -11,22 +11,12 @@ import pytest
 import tifffile
 import torch
 from PIL import Image, ImageCms, ImageOps
-from test_ceanet import TINY
 
-from cea_arch.checkpoints import write_checkpoint
 from cea_arch.cli import main
 from cea_arch.errors import UserError
 from cea_arch.pictures import Picture, read_picture, write_picture
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-OPTIONS = {'type': 'CEANet', **TINY}
-
-
-@pytest.fixture(scope='module')
-def model(small_net, tmp_path_factory):
-    path = tmp_path_factory.mktemp('model') / 'net.pth'
-    write_checkpoint({'params': small_net.state_dict(), 'network_g': OPTIONS}, path)
-    return str(path)
 
 
 @pytest.fixture(scope='module')
