@@ -109,7 +109,7 @@ def _training(opt: dict[str, Any], parts: Parts, devices: int) -> list[tuple[str
     rows.append(('length', length))
     rows += [(key, _call(value)) for key, value in train.items() if key.endswith('_opt') and value]
     rows += [('optimizer', _call(train['optim_g'])), ('schedule', _call(train['scheduler']))]
-    words = ('warmup_iter', 'ema_decay', 'amp', 'grad_clip')
+    words = ('warmup_iter', 'ema_decay', 'amp', 'grad_clip', 'compile', 'channels_last', 'checkpoint_activations')
     rows.append(
         ('switches', ', '.join(f'{key} {train[key]}' for key in words if train.get(key) is not None) or 'nothing')
     )

@@ -4,7 +4,6 @@
 duration of one call and put back; no file of basicsr is touched.
 """
 
-import ctypes
 import importlib
 import logging
 import math
@@ -40,9 +39,9 @@ from cea_arch.models.cea_model import CEAModel
 from cea_arch.models.curves import ProgressLogger, open_tensorboard, start_wandb, write_curves
 from cea_arch.models.training_step import TrainingStopped
 from cea_arch.options import check_options, read_options, write_options
+from cea_arch.tiling import keep_freed_memory
 
 _ABSENT = object()
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def run(args: Namespace) -> int:
@@ -93,7 +92,7 @@ def _run_here(args: Namespace, opt: dict[str, Any]) -> None:
             (module, 'init_wandb_logger', start_wandb),
             (module, 'MessageLogger', ProgressLogger),
         ]
-    _keep_freed_memory()
+    keep_freed_memory()
     stops = args.command == 'train' and opt['model_type'] == 'CEAModel' and current_thread() is main_thread()
     with held, _replaced(changes), _own_log(), _stopping_on_signals() if stops else nullcontext():
         try:
@@ -289,14 +288,6 @@ def _stopping_on_signals() -> Iterator[None]:
 def _environment() -> str:
     versions = f'cea_arch {cea_arch.__version__}, basicsr {basicsr.__version__}, torch {torch.__version__}'
     return f'{versions}, Python {platform.python_version()}'
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc reuse what tensors free instead of returning it to the kernel: a third of a training step on a CPU."""
-    if platform.libc_ver()[0] == 'glibc':
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @contextmanager
