@@ -201,8 +201,8 @@ def halvings(tile: int, overlap: int) -> Iterator[tuple[int, int]]:
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next tensor, instead of returning it to the system and asking again.
 
-    Measured on a CPU: half the time of restoring, two thirds of that of a training step. It holds for the whole process,
-    so it is for commands alone.
+    Measured on a CPU: half the time of restoring, two thirds of that of a training step. It holds for the whole
+    process, so it is for commands alone.
     """
     with suppress(OSError, AttributeError):  # not on other systems
         mallopt = ctypes.CDLL(None).mallopt
