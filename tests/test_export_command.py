@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_ceanet import TINY, lively
 from test_inject import options_of
+from torch import nn
 
 from cea_arch.archs.ceanet_arch import CEANet
 from cea_arch.archs.with_cea_arch import WithCEA
@@ -11,6 +12,7 @@ from cea_arch.checkpoints import write_checkpoint
 from cea_arch.cli import main
 from cea_arch.errors import UserError
 from cea_arch.export import FORMATS, SIZES, TOLERANCE, TOLERANCE_HALF, export_network
+from cea_arch.layers import CEABlock
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -24,34 +26,54 @@ def net():
     return net
 
 
+@pytest.fixture
+def block(monkeypatch):
+    """A small network of the parts that CEANet is made of, which the command takes for the one in its file."""
+    net = lively(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), CEABlock(8, 2), nn.Conv2d(8, 3, 3, padding=1)))
+    monkeypatch.setattr('cea_arch.export.load_network', lambda path: net)
+    return net
+
+
 def check(read, net, dtype, tolerance):
     for size in SIZES:
         x = torch.rand(1, 3, *size)
         torch.testing.assert_close(read(x.to(dtype)).float(), net(x).detach(), rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize('words', [[], ['--fp16']])
-def test_onnx_gives_the_same_image_at_five_sizes(net, tmp_path, capsys, words):
-    pytest.importorskip('onnxscript', reason='needs the extra: pip install -e ".[export]"')
+def read_onnx(path):
     runtime = pytest.importorskip('onnxruntime', reason='needs the extra: pip install -e ".[export]"')
+    session = runtime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    return lambda x: torch.from_numpy(session.run(None, {'lq': x.numpy()})[0])
+
+
+def test_ceanet_as_onnx_gives_the_same_image_at_five_sizes(net, tmp_path, capsys):
+    pytest.importorskip('onnxscript', reason='needs the extra: pip install -e ".[export]"')
     write_checkpoint({'params': net.state_dict(), 'network_g': {'type': 'CEANet', **TINY}}, tmp_path / 'a.pth')
     path = tmp_path / 'a.onnx'
-    dtype, tolerance = (torch.float16, TOLERANCE_HALF) if words else (torch.float32, TOLERANCE)
-    assert main(['export', str(path), '-m', str(tmp_path / 'a.pth'), *words]) == 0
-    kind = str(dtype).removeprefix('torch.')
-    assert f'a.onnx: RGB in [0, 1], {kind}, input lq, output restored; within' in capsys.readouterr().out
+    assert main(['export', str(path), '-m', str(tmp_path / 'a.pth')]) == 0
+    assert 'a.onnx: RGB in [0, 1], float32, input lq, output restored; within' in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a.onnx', 'a.pth']
-    session = runtime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    check(lambda x: torch.from_numpy(session.run(None, {'lq': x.numpy()})[0]), net, dtype, tolerance)
+    check(read_onnx(path), net, torch.float32, TOLERANCE)
     assert main(['export', str(path), '-m', str(tmp_path / 'a.pth')]) == 2
     assert 'a.onnx exists; --overwrite replaces it.' in capsys.readouterr().err
 
 
-def test_torch_export_gives_the_same_image_at_five_sizes(net, tmp_path, capsys):
-    write_checkpoint({'params': net.state_dict(), 'network_g': {'type': 'CEANet', **TINY}}, tmp_path / 'a.pth')
-    assert main(['export', str(tmp_path / 'a.pt2'), '-m', str(tmp_path / 'a.pth')]) == 0
-    assert 'a.pt2: RGB in [0, 1], float32; within' in capsys.readouterr().out
-    check(torch.export.load(tmp_path / 'a.pt2').module(), net, torch.float32, TOLERANCE)
+def test_ceanet_for_torch_export_gives_the_same_image_at_five_sizes(net, tmp_path):
+    error, sizes = export_network(net, tmp_path / 'a.pt2')  # which reads it back
+    assert error <= TOLERANCE
+    assert sizes == list(SIZES)
+
+
+@pytest.mark.parametrize('suffix', ['.onnx', '.pt2'])
+@pytest.mark.parametrize(('words', 'dtype'), [([], torch.float32), (['--fp16'], torch.float16)])
+def test_both_formats_in_both_precisions(block, tmp_path, capsys, suffix, words, dtype):
+    if suffix == '.onnx':
+        pytest.importorskip('onnxscript', reason='needs the extra: pip install -e ".[export]"')
+    path = tmp_path / f'a{suffix}'
+    assert main(['export', str(path), '-m', 'a.pth', *words]) == 0
+    assert f'RGB in [0, 1], {str(dtype).removeprefix("torch.")}' in capsys.readouterr().out
+    read = read_onnx(path) if suffix == '.onnx' else torch.export.load(path).module()
+    check(read, block, dtype, TOLERANCE_HALF if words else TOLERANCE)
 
 
 def test_networks_that_enlarge_or_want_multiples(tmp_path):
@@ -78,9 +100,9 @@ def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_mistakes_are_named(net, tmp_path, monkeypatch):
+def test_mistakes_are_named(block, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r'expected a name that ends in \.onnx or \.pt2'):
-        export_network(net, tmp_path / 'a.pth')
+        export_network(block, tmp_path / 'a.pth')
     monkeypatch.setitem(__import__('sys').modules, 'onnxscript', None)
     with pytest.raises(UserError, match=r'pip install -e "\.\[export\]"'):
-        export_network(net, tmp_path / 'a.onnx')
+        export_network(block, tmp_path / 'a.onnx')

@@ -11,7 +11,17 @@ from cea_arch.layers import CEALayer
 from cea_arch.layers.cea import merge_means
 from cea_arch.layers.transformer import ChannelAttention, merge_products
 from cea_arch.layers.whole_image import WholeImage
-from cea_arch.tiling import Canvas, blend, bytes_per_pixel, check_tiles, choose_tile, halvings, restore_tiled, spans
+from cea_arch.tiling import (
+    Canvas,
+    blend,
+    bytes_per_pixel,
+    check_tiles,
+    choose_tile,
+    halvings,
+    keep_freed_memory,
+    restore_tiled,
+    spans,
+)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -120,6 +130,27 @@ def test_a_network_without_global_statistics_needs_no_sweep():
         out = tiled(lambda t: calls.append(1) or net(t), whole, x, 64, 16)
     assert len(calls) == len(spans(100, 64, 16)) * len(spans(90, 64, 16))
     torch.testing.assert_close(out, x)
+
+
+@pytest.mark.parametrize('scale', [1, 2])
+def test_no_more_is_read_and_written_at_once_than_a_tile_and_a_row_of_tiles(scale):
+    x = torch.rand(1, 3, 200, 150)
+    read, written = [], []
+
+    def give(rows, columns):
+        read.append((rows.stop - rows.start, columns.stop - columns.start))
+        return x[..., rows, columns]
+
+    canvas = Canvas((200, 150), give, lambda top, rows: written.append((top, rows)), scale)
+    keep_freed_memory()
+    restore_tiled(nn.Upsample(scale_factor=scale), None, canvas, 64, 16)
+    assert max(max(size) for size in read) == 64
+    assert len(written) > 4
+    tops = [top for top, _ in written]
+    ends = [top + rows.shape[-2] for top, rows in written]
+    assert tops == [0, *ends[:-1]]
+    expected = nn.functional.interpolate(x, scale_factor=scale)
+    torch.testing.assert_close(torch.cat([rows for _, rows in written], dim=-2), expected)
 
 
 @pytest.mark.parametrize('length', [1, 63, 64, 65, 97, 128, 130, 1000])
