@@ -107,11 +107,15 @@ def line_kernel(length: float, angle: float) -> Array:
 
 
 def rain_streaks(shape: Sequence[int], rng: Generator) -> Array:
-    """Streaks in [0, 1]: sparse drops drawn out along one direction, in two layers of different length."""
+    """Streaks in [0, 1]: sparse drops drawn out along one direction, in two layers of different length.
+
+    From a drizzle to a downpour: their density is log-uniform over a factor of ten (our choice).
+    """
     angle = rng.uniform(-35, 35)
+    density = 0.006 * 10 ** -rng.random()
     streaks = np.zeros(shape[:2])
     for length in (rng.uniform(9, 17), rng.uniform(17, 31)):
-        drops = rng.random(shape[:2]) * (rng.random(shape[:2]) < rng.uniform(0.002, 0.006))
+        drops = rng.random(shape[:2]) * (rng.random(shape[:2]) < density)
         kernel = line_kernel(length, angle + rng.uniform(-3, 3))
         streaks += cv2.filter2D(drops, -1, kernel / kernel.max(), borderType=cv2.BORDER_REFLECT_101)
     return np.clip(streaks * rng.uniform(0.6, 1.0), 0, 1)
