@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (
         train,
         test,
-        *(commands.choices[name] for name in ('check', 'schema', 'score', 'report', 'modules')),
+        *(commands.choices[name] for name in ('check', 'study', 'schema', 'score', 'report', 'modules')),
     ):
         command.set_defaults(needs_basicsr=True)
     restore = _add(commands, 'restore', 'restore picture files, folders of them, or patterns', restore_files.run)
@@ -86,6 +86,12 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
     check.add_argument('--steps', type=int, default=2, help='how many steps to take; 0: none')
     check.add_argument('--processes', type=int, default=1, help='of the launcher, for batch and epochs')
     check.add_argument('--allow-missing', action='store_true', help='exit with 0 though data or weights are missing')
+    text = 'train CEANet and its contrasts (no CEA, static, pooled, softmax, top-k) for several seeds, and compare'
+    study = _add(commands, 'study', text, lambda args: importlib.import_module('cea_arch.study').run(args))
+    _add_options(study)
+    study.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='one training of each variant for each')
+    study.add_argument('--variants', nargs='+', default=None, help='some of none, static, pooled, softmax, topk, cea')
+    study.add_argument('--jobs', type=int, default=1, help='trainings at a time')
     _add(commands, 'schema', 'print the JSON schema of option files, for editors', _schema)
 
 

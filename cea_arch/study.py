@@ -1,0 +1,142 @@
+"""``cea study``: does CEA earn its place? The same training with CEANet's contrasts, for several seeds."""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cea_arch.archs.ceanet_arch import SIZES, CEANet
+from cea_arch.errors import UserError, suggest
+from cea_arch.files import written_beside
+from cea_arch.options import read_options, write_options
+
+VARIANTS = {
+    'none': {'cea_stages': []},
+    'static': {'conditioning': 'static'},
+    'pooled': {'conditioning': 'pooled'},
+    'softmax': {'routing': 'softmax'},
+    'topk': {'routing': 'topk'},
+    'cea': {},
+}
+MOST_DIFFERENCE = 0.02  # of the number of parameters, between variants
+FFN_STEP = 0.01
+Scores = dict[str, float]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train what is not trained yet, then write ``study.md`` and ``study.json``; returns 1 if a training failed."""
+    opt = read_options(args.opt, args.set, args.force_yml)
+    if opt['network_g']['type'] != 'CEANet':
+        raise UserError(f'cea study varies CEANet; network_g is {opt["network_g"]["type"]}.')
+    if 'psnr' not in (opt['val'].get('metrics') or {}):
+        raise UserError('cea study needs psnr among val.metrics, such as by val.protocol: aio.')
+    variants = args.variants or list(VARIANTS)
+    for name in variants:
+        if name not in VARIANTS:
+            raise UserError(f'variant {name!r} is not known.{suggest(name, VARIANTS)} Known: {", ".join(VARIANTS)}.')
+    folder = Path(args.root, 'experiments', f'{opt["name"]}_study')
+    folder.mkdir(parents=True, exist_ok=True)
+    networks = matched(opt['network_g'], variants)
+    runs = {(name, seed): f'{opt["name"]}_{name}_s{seed}' for seed in args.seeds for name in variants}
+
+    def train(variant: str, seed: int) -> bool:
+        name = runs[variant, seed]
+        changed = {'name': name, 'manual_seed': seed, 'network_g': networks[variant]}
+        file = folder / f'{name}.yml'
+        write_options(opt | changed, file, f'cea study -opt {args.opt}: {variant}, seed {seed}')
+        return _train(file, name, args.root, opt['train']['total_iter'])
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        done = list(pool.map(lambda key: train(*key), runs))
+    failed = [name for name, good in zip(runs.values(), done, strict=True) if not good]
+    results = {key: _scores(args.root, name) for key, name in runs.items() if name not in failed}
+    counts = {name: _parameters(network) for name, network in networks.items()}
+    text = table(results, counts)
+    content = {f'{variant}_s{seed}': scores for (variant, seed), scores in results.items()}
+    for file, written in (('study.md', text), ('study.json', json.dumps({'parameters': counts, 'psnr': content}))):
+        with written_beside(folder / file) as aside:
+            aside.write_text(written, 'utf-8')
+    print(text, end='')
+    for name in failed:
+        print(f'{name} failed; see {folder / name}.log', file=sys.stderr)
+    return 1 if failed else 0
+
+
+def matched(network: dict[str, Any], variants: list[str]) -> dict[str, dict[str, Any]]:
+    """Each variant's options of the network: wider in the feed-forward where it has fewer parameters than CEA.
+
+    Raises:
+        UserError: The numbers of parameters cannot be brought within two per cent of each other.
+    """
+    wanted = _parameters(network)
+    start = network.get('ffn_expansion_factor') or SIZES[network.get('size', 'base')]['ffn_expansion_factor']
+    options = {}
+    for name in variants:
+        changed = network | VARIANTS[name]
+        best = min(
+            (changed | {'ffn_expansion_factor': round(start + number * FFN_STEP, 4)} for number in range(60)),
+            key=lambda candidate: abs(_parameters(candidate) - wanted),
+        )
+        if abs(_parameters(best) - wanted) > MOST_DIFFERENCE * wanted:
+            raise UserError(f'variant {name}: no width gives about the {wanted:,} parameters that CEA has.')
+        options[name] = best if VARIANTS[name] else changed
+    return options
+
+
+def table(results: dict[tuple[str, int], Scores], counts: dict[str, int]) -> str:
+    """Mean and standard deviation over the seeds by variant, then CEA's lead over each, paired by seed; PSNR in dB."""
+    sets = list(next(iter(results.values()), {}))
+    head = '| variant | parameters | seeds | ' + ' | '.join(sets) + ' |\n|---|---:|---:|' + '---:|' * len(sets)
+    lines = [head]
+    by_variant = {name: {s: v for (n, s), v in results.items() if n == name} for name in counts}
+    for name, runs in by_variant.items():
+        cells = [_spread([scores[column] for scores in runs.values()]) for column in sets]
+        lines.append(f'| {name} | {counts[name]:,} | {len(runs)} | ' + ' | '.join(cells) + ' |')
+    for name, runs in by_variant.items():
+        pairs = [
+            (by_variant['cea'][seed], scores) for seed, scores in runs.items() if seed in by_variant.get('cea', {})
+        ]
+        if name != 'cea' and pairs:
+            cells = [_spread([ours[column] - theirs[column] for ours, theirs in pairs], '+') for column in sets]
+            lines.append(f'| cea - {name} | | {len(pairs)} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines) + '\n\nPSNR in dB: mean and standard deviation over the seeds.\n'
+
+
+def _train(file: Path, name: str, root: str, total: int) -> bool:
+    """Train in a process of its own, from its last checkpoint if there is one; whether it came to its end."""
+    results = Path(root, 'experiments', name, 'results.json')
+    if results.is_file() and json.loads(results.read_text('utf-8'))['iteration'] == total:
+        return True
+    command = [sys.executable, '-m', 'cea_arch.train', '-opt', str(file), '--root', root, '--auto_resume']
+    print(f'{name}: training', file=sys.stderr)
+    with file.with_suffix('.log').open('w') as log:
+        return subprocess.run(command, stdout=log, stderr=log, check=False).returncode == 0
+
+
+def _scores(root: str, name: str) -> Scores:
+    """PSNR by set, and the mean of each group."""
+    sets = json.loads(Path(root, 'experiments', name, 'results.json').read_text('utf-8'))['sets']
+    scores = {key: result['means']['psnr'] for key, result in sets.items()}
+    for group in dict.fromkeys(result['group'] for result in sets.values() if result['group']):
+        members = [scores[key] for key, result in sets.items() if result['group'] == group]
+        scores[f'**mean of {group}**'] = statistics.mean(members)
+    return scores
+
+
+def _parameters(network: dict[str, Any]) -> int:
+    arguments = {key: value for key, value in network.items() if key != 'type'}
+    with torch.device('meta'):  # counted, not made
+        return sum(p.numel() for p in CEANet(**arguments).parameters())
+
+
+def _spread(values: list[float], sign: str = '') -> str:
+    if not values:
+        return ''
+    deviation = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):{sign}.2f}{deviation}'
