@@ -25,7 +25,7 @@ VARIANTS = {
     'cea': {},
 }
 MOST_DIFFERENCE = 0.02  # of the number of parameters, between variants
-FFN_STEP = 0.01
+SAME = 0.002  # and what is not worth a change
 Scores = dict[str, float]
 
 
@@ -78,14 +78,13 @@ def matched(network: dict[str, Any], variants: list[str]) -> dict[str, dict[str,
     start = network.get('ffn_expansion_factor') or SIZES[network.get('size', 'base')]['ffn_expansion_factor']
     options = {}
     for name in variants:
-        changed = network | VARIANTS[name]
-        best = min(
-            (changed | {'ffn_expansion_factor': round(start + number * FFN_STEP, 4)} for number in range(60)),
-            key=lambda candidate: abs(_parameters(candidate) - wanted),
-        )
-        if abs(_parameters(best) - wanted) > MOST_DIFFERENCE * wanted:
+        options[name] = changed = network | VARIANTS[name]
+        lacking = wanted - _parameters(changed)
+        if abs(lacking) > SAME * wanted:
+            for_one = _parameters(changed | {'ffn_expansion_factor': start + 1}) - _parameters(changed)
+            options[name] = changed | {'ffn_expansion_factor': round(start + lacking / for_one, 3)}
+        if abs(_parameters(options[name]) - wanted) > MOST_DIFFERENCE * wanted:
             raise UserError(f'variant {name}: no width gives about the {wanted:,} parameters that CEA has.')
-        options[name] = best if VARIANTS[name] else changed
     return options
 
 
