@@ -167,20 +167,23 @@ class Downsample(nn.Module):
         x = self.conv(x)
         height, width = x.shape[-2:]
         row, column = (height + 1) // 2 * 2 - height, (width + 1) // 2 * 2 - width
-        # a traced program serves odd and even sizes, so it must not depend on which one was traced
-        if torch.compiler.is_compiling() or row or column:
+        # an exported program serves odd and even sizes, so it must not depend on which one was traced
+        if _is_exporting() or row or column:
             x = F.pad(x, (0, column, 0, row), mode='replicate')
         return F.pixel_unshuffle(x, 2)
 
 
 def _crop(x: Tensor, height: int, width: int) -> Tensor:
     """The first rows and columns of ``(B, C, H, W)``."""
-    if (
-        torch.compiler.is_compiling()
-    ):  # a slice would bind the program to sizes that are odd, or even, as the traced one
+    if _is_exporting():  # a slice would bind the program to sizes that are odd, or even, as the traced one
         rows, columns = (torch.arange(length, device=x.device) for length in (height, width))
         return x.index_select(2, rows).index_select(3, columns)
     return x[..., :height, :width]
+
+
+def _is_exporting() -> bool:
+    """Whether a program for any size is being traced; torch before 2.7 does not tell it from compiling."""
+    return getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)()
 
 
 def _upsample(dim: int) -> nn.Sequential:
