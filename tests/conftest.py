@@ -11,8 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from cea_arch.compat import HAS_BASICSR  # noqa: E402  before any test imports basicsr
 
-if not HAS_BASICSR:  # Python 3.13 and later: layers and networks alone
-    without = ('test_cea', 'test_ceanet', 'test_compat')
+if not HAS_BASICSR:  # Python 3.13 and later: layers, networks, and restoring
+    without = ('test_cea', 'test_ceanet', 'test_comfyui', 'test_compat', 'test_demo', 'test_restore', 'test_restorer')
+    without += ('test_video', 'test_whole_image')
     collect_ignore = [path.name for path in Path(__file__).parent.glob('test_*.py') if path.stem not in without]
 
 torch.set_num_threads(2)
