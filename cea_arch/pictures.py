@@ -121,7 +121,7 @@ def _decode(image: Image.Image, data: bytes) -> Picture:
         format='JPEG' if image.format == 'MPO' else image.format or 'JPEG',
         icc=icc,
         exif=kept,
-        dpi=image.info.get('dpi'),
+        dpi=tuple(map(float, image.info['dpi'])) if 'dpi' in image.info else None,  # of Pillow's own rationals
     )
 
 
