@@ -6,6 +6,7 @@ import importlib
 import json
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,24 +164,32 @@ def layer_costs(args: argparse.Namespace, side: int, device: torch.device) -> li
         raise UserError(f'--layer: {error}') from error
     conv = nn.Conv2d(args.dim, args.dim, 1).to(device, dtype)
     x = torch.randn(1, args.dim, side, side, device=device, dtype=dtype, requires_grad=args.train)
+    tokens = as_tokens(x, 'bchw')
     with torch.no_grad():
-        normed = layer.norm(as_tokens(x, 'bchw'))
+        normed = layer.norm.fold(tokens)
         components = layer.condition(x)
-    tokens = normed.detach().requires_grad_(args.train)
+    written_out = layer.norm(tokens).detach().requires_grad_(args.train)
 
     def weights(module: nn.Module) -> list[Tensor]:
         return list(module.parameters()) if args.train else []
+
+    def read(x: Tensor) -> Tensor:
+        return torch.cat(layer.adapter(replace(normed, raw=as_tokens(x, 'bchw'))))
+
+    def add(x: Tensor) -> Tensor:
+        tokens = as_tokens(x, 'bchw')
+        return assemble(replace(normed, raw=tokens), *components, onto=tokens)
 
     calls = {
         'copy': _step(torch.clone, x, []),
         '1x1 convolution': _step(conv, x, weights(conv)),
         'CEA layer': _step(layer, x, weights(layer)),
-        'its normalisation': _step(lambda x: layer.norm(as_tokens(x, 'bchw')), x, weights(layer.norm)),
-        'its conditioning': _step(lambda tokens: torch.cat(layer.adapter(tokens)), tokens, weights(layer.adapter)),
-        'its assembly': _step(lambda tokens: assemble(tokens, *components), tokens, []),
+        'its normalisation': _step(lambda x: layer.norm.fold(as_tokens(x, 'bchw')).scale, x, []),
+        'its conditioning': _step(read, x, weights(layer.adapter)),
+        'its assembly, added': _step(add, x, []),
     }
     for name, product in TWO_PRODUCTS.items():
-        calls[f'yardstick: {name}'] = _step(partial(product, *components), tokens, [])
+        calls[f'yardstick: {name}'] = _step(partial(product, *components), written_out, [])
     memory = {name: peak_memory(call, device) for name, call in calls.items()}
     times = interleaved(calls, args.repeats, device)
     return [

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cea_arch.layers import CEALayer, CrossAttentionHyperAdapter, assemble
 from cea_arch.layers.cea import CONDITIONINGS, LAYOUTS, ROUTINGS, ChannelNorm, top_k
+from cea_arch.layers.tokens import average, project
 
 DIM, RANK = 12, 4
 LAYOUT_SHAPES = {'bchw': (2, DIM, 5, 7), 'bnc': (2, 35, DIM), 'bhwc': (2, 5, 7, DIM)}
@@ -228,6 +229,35 @@ def test_top_k_keeps_k_weights_that_sum_to_one():
     weights = top_k(torch.randn(2, 9, 5), k=2)
     assert ((weights > 0).sum(-1) == 2).all()
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 9))
+
+
+@pytest.mark.parametrize('memory_order', ['channels first', 'channels last'])
+def test_products_with_folded_tokens_equal_those_with_normed_ones(memory_order):
+    norm = randomise(ChannelNorm(40, axis=-1).double())  # of channels that fill no whole number of parts
+    x = torch.randn(2, 40, 35, dtype=torch.float64).mT * 3 + 2
+    x = x if memory_order == 'channels first' else x.contiguous()
+    matrix, weights = torch.randn(1, 5, 40, dtype=torch.float64), torch.randn(2, 5, 35, dtype=torch.float64).softmax(-1)
+    products = project(norm.fold(x), matrix)
+    torch.testing.assert_close(products, norm(x) @ matrix.mT, rtol=1e-10, atol=1e-11)
+    assert products.stride(-1) == (1 if memory_order == 'channels last' else 35)
+    torch.testing.assert_close(average(norm.fold(x), weights), weights @ norm(x), rtol=1e-10, atol=1e-11)
+
+
+def test_folded_tokens_lose_little_to_an_offset():
+    layer = make_layer()
+    x = torch.randn(LAYOUT_SHAPES['bchw'], dtype=torch.float64) + 10  # ten times the deviation
+    residual = layer(x) - x
+    found = layer.float()(x.float()).double() - x
+    assert (found - residual).norm() < 1e-4 * residual.norm()
+
+
+@pytest.mark.parametrize('conditioning', CONDITIONINGS)
+def test_float16_takes_large_features(conditioning):
+    layer = make_layer(conditioning=conditioning)
+    x = torch.randn(1, DIM, 64, 64, dtype=torch.float64) * 5000
+    bases, expected = layer.half().condition(x.half())[0], layer.double().condition(x)[0]
+    torch.testing.assert_close(bases.double(), expected, rtol=0, atol=0.02)
+    assert layer.half()(x.half()).isfinite().all()
 
 
 def test_channel_norm_equals_torch():
