@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ UNITS = (CEALayer, ChannelAttention, GatedFeedForward)  # taken whole in a break
 REST = 'between modules'
 # products that torch's counter passes over, besides those of its table; what has no formula here is named instead
 _UNCOUNTED = (
+    '_attention',
     '_fft_',
     'cudnn_rnn',
     'deform_conv2d',
@@ -34,10 +35,12 @@ _UNCOUNTED = (
     'grid_sampler',
     'lstm',
     'mkldnn_rnn_layer',
-    '_native_multi_head_attention',
     '_transformer_encoder_layer_fwd',
     '_trilinear',
-    'linalg_',
+    'linalg_lu',
+    'linalg_qr',
+    'linalg_solve',
+    'linalg_svd',
 )
 
 
@@ -59,10 +62,21 @@ def _backward_of_convolution(
     return 2 * math.prod(x if transposed else grad) * math.prod(weight[1:]) * sum(wanted[:2])
 
 
+def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object) -> int:
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _backward_of_attention(_grad: object, *shapes: Any, **words: Any) -> int:
+    """Four products; that the scores are computed once more is how it is done, not what it is."""
+    return 2 * _attention(*shapes, **words)
+
+
 _FORMULAS = {  # by shapes, beside those of torch, or instead of them
     torch.ops.aten.mv: lambda matrix, vector, *_, **__: 2 * math.prod(matrix),
     torch.ops.aten.addmv: lambda start, matrix, vector, *_, **__: 2 * math.prod(matrix),
     torch.ops.aten.dot: lambda one, other, *_, **__: 2 * math.prod(one),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_of_attention,
     # torch's own takes a depthwise convolution for a full one
     torch.ops.aten.convolution_backward: _backward_of_convolution,
 }
@@ -114,7 +128,8 @@ def count_macs(call: Call) -> tuple[int, list[str]]:
     over element-wise operations, normalisations and softmaxes; products with vectors are added here; transforms,
     sampling, recurrences and the like are named, each with its number of calls.
     """
-    with _whole_operators(), _Uncounted() as uncounted, _flop_counter() as counter:
+    counter = _flop_counter()
+    with _whole_operators(), _Uncounted(counter.flop_registry) as uncounted, counter:
         call()
     return counter.get_total_flops() // 2, [f'{name} ({count})' for name, count in sorted(uncounted.seen.items())]
 
@@ -126,8 +141,8 @@ def peak_memory(call: Call, device: torch.device) -> int | None:
     every run, while the size of a process depends on what the system's allocator keeps; oneDNN's and MKL's own
     work space, small beside the tensors, is not in them.
     """
-    gc.collect()
     if device.type == 'cuda':
+        gc.collect()
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         call()
@@ -142,10 +157,16 @@ def peak_memory(call: Call, device: torch.device) -> int | None:
         trace = Path(folder) / 'trace.json'
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text('utf-8'))['traceEvents']
-    held = peak = 0
+    held: dict[int, int] = {}  # bytes by address; what was there before may go meanwhile, and does not count
+    now = peak = 0
     for event in sorted((e for e in events if e.get('name') == '[memory]'), key=lambda e: e['ts']):
-        held += event['args']['Bytes']
-        peak = max(peak, held)
+        size, address = event['args']['Bytes'], event['args']['Addr']
+        if size > 0:
+            held[address] = size
+            now += size
+            peak = max(peak, now)
+        else:
+            now -= held.pop(address, 0)
     return peak
 
 
@@ -235,13 +256,14 @@ def _flop_counter() -> FlopCounterMode:
 class _Uncounted(TorchDispatchMode):
     """Notes operators whose products :func:`count_macs` does not count."""
 
-    def __init__(self) -> None:
+    def __init__(self, counted: Container[Any]) -> None:
         super().__init__()
+        self.counted = counted
         self.seen: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func.overloadpacket.__name__
-        if any(part in name for part in _UNCOUNTED) and not name.endswith('vector_norm'):
+        if func.overloadpacket not in self.counted and any(part in name for part in _UNCOUNTED):
             self.seen[name] += 1
         return func(*args, **(kwargs or {}))
 

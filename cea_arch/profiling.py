@@ -5,7 +5,7 @@ import copy
 import importlib
 import json
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -77,9 +77,9 @@ def run(args: argparse.Namespace) -> None:
     if args.layer:
         figures['layer'] = [row for side in args.pixels for row in layer_costs(args, side, device)]
     else:
-        figures['networks'] = network_costs(nets, args, device)
+        figures['networks'], shares = network_costs(nets, args, device)
         if args.without_cea:
-            figures['cea adds'] = cea_shares(figures['networks'])
+            figures['CEA adds'] = shares
         if args.layers:
             figures[f'by {args.layers}'] = [
                 row for name, net in nets.items() for row in _parts(name, net, args, device)
@@ -93,34 +93,47 @@ def run(args: argparse.Namespace) -> None:
             aside.write_text(json.dumps(figures, indent=1), 'utf-8')
 
 
-def network_costs(nets: Mapping[str, nn.Module], args: argparse.Namespace, device: torch.device) -> list[Row]:
-    """A row for each network and image size; the networks of one size are timed in turn."""
-    rows = []
+def network_costs(
+    nets: Mapping[str, nn.Module], args: argparse.Namespace, device: torch.device
+) -> tuple[list[Row], list[Row]]:
+    """A row for each network and image size, and one for what CEA adds; the networks of a size are timed in turn."""
+    rows, shares = [], []
     for side in args.pixels:
         calls = {name: _call(net, side, args, device) for name, net in nets.items()}
         try:
-            costs = {name: (*count_macs(call), peak_memory(call, device)) for name, call in calls.items()}
+            counts = {name: (*count_macs(call), peak_memory(call, device)) for name, call in calls.items()}
             times = interleaved(calls, args.repeats, device)
         except RuntimeError as error:
             raise UserError(f'{side} x {side} pixels: {_reason(error)}') from error
-        first = next(iter(times.values()))
+        found: dict[str, Row] = {}
         for name, net in nets.items():
-            macs, uncounted, memory = costs[name]
-            rows.append(
-                {
-                    'network': name,
-                    'pixels': side,
-                    'parameters': sum(p.numel() for p in net.parameters()),
-                    'GMACs': macs / 1e9,
-                    'ms': times[name].median * 1e3,
-                    'spread': times[name].spread,
-                    'ns per pixel': times[name].median / side**2 * 1e9,
-                    'memory MiB': _mib(memory),
-                    'time of first': times[name].over(first),
-                    **({'not counted': ', '.join(uncounted)} if uncounted else {}),
-                }
-            )
-    return rows
+            macs, uncounted, memory = counts[name]
+            found[name] = {
+                'network': name,
+                'pixels': side,
+                'parameters': sum(p.numel() for p in net.parameters()),
+                'GMACs': macs / 1e9,
+                'ms': times[name].median * 1e3,
+                'spread': times[name].spread,
+                'ns per pixel': times[name].median / side**2 * 1e9,
+                'memory MiB': _mib(memory),
+                'time to first': times[name].over(next(iter(times.values()))),
+                **({'not counted': ', '.join(uncounted)} if uncounted else {}),
+            }
+        rows += found.values()
+        for name in found:
+            if bare := found.get(name + WITHOUT):
+                more = {key: _more(found[name][key], bare[key]) for key in ('parameters', 'GMACs', 'memory MiB')}
+                more['time'] = times[name].over(times[name + WITHOUT]) - 1
+                shares.append(
+                    {'network': name, 'pixels': side} | {f'{key.split()[0]} more': value for key, value in more.items()}
+                )
+    return rows, shares
+
+
+def _more(value: float | None, bare: float | None) -> float | None:
+    """How much more than ``bare``, as a share: 0.05 is 5 % more."""
+    return value / bare - 1 if value is not None and bare else None
 
 
 def without_cea(net: nn.Module, name: str) -> nn.Module:
@@ -137,22 +150,6 @@ def without_cea(net: nn.Module, name: str) -> nn.Module:
         parent, _, name = path.rpartition('.')
         setattr(bare.get_submodule(parent), name, nn.Identity())
     return bare
-
-
-def cea_shares(rows: Iterable[Row]) -> list[Row]:
-    """How much each network costs over itself without CEA, as shares: 0.05 is 5 % more."""
-    found = {(row['network'], row['pixels']): row for row in rows}
-    shares = []
-    for (name, side), row in found.items():
-        bare = found.get((name + WITHOUT, side))
-        if bare:
-            more = {
-                key: None if row[key] is None else row[key] / bare[key] - 1
-                for key in ('parameters', 'GMACs', 'memory MiB')
-            }
-            more['time'] = row['time of first'] / bare['time of first'] - 1
-            shares.append({'network': name, 'pixels': side} | {f'{k.split()[0]} more': v for k, v in more.items()})
-    return shares
 
 
 def layer_costs(args: argparse.Namespace, side: int, device: torch.device) -> list[Row]:
