@@ -259,8 +259,9 @@ def _networks(args: argparse.Namespace) -> dict[str, nn.Module]:
         nets[Path(path).stem] = importlib.import_module('cea_arch.options').read_network(path)
     if not nets:
         raise UserError('name networks, by -opt or --size, or use --layer.')
-    if args.without_cea:
-        nets |= {name + WITHOUT: without_cea(net, name) for name, net in nets.items()}
+    if args.without_cea:  # each beside its own, so that one is timed right after the other
+        pairs = [((name, net), (name + WITHOUT, without_cea(net, name))) for name, net in nets.items()]
+        nets = dict(named for pair in pairs for named in pair)
     return {name: net.train(args.train) for name, net in nets.items()}
 
 

@@ -52,7 +52,7 @@ def average(tokens: 'Tensor | NormedTokens', weights: Tensor) -> Tensor:
         return weights.to(tokens.dtype) @ tokens
     with torch.autocast(weights.device.type, enabled=False):
         scaled = weights * (tokens.scale.mT * LIFT)
-        sums = (scaled.to(tokens.dtype) @ tokens.raw).to(scaled.dtype) / LIFT
+        sums = torch.bmm(scaled.to(tokens.dtype), tokens.raw).to(scaled.dtype) / LIFT
         return (sums - sums.mean(-1, keepdim=True)) * tokens.weight + tokens.bias
 
 
