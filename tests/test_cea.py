@@ -232,15 +232,18 @@ def test_top_k_keeps_k_weights_that_sum_to_one():
 
 
 @pytest.mark.parametrize('memory_order', ['channels first', 'channels last'])
-def test_products_with_folded_tokens_equal_those_with_normed_ones(memory_order):
-    norm = randomise(ChannelNorm(40, axis=-1).double())  # of channels that fill no whole number of parts
-    x = torch.randn(2, 40, 35, dtype=torch.float64).mT * 3 + 2
+def test_products_with_folded_tokens_equal_those_with_normed_ones(memory_order, monkeypatch):
+    monkeypatch.setattr('cea_arch.layers.tokens.PART', 1)  # several parts, the last one smaller
+    norm = randomise(ChannelNorm(42, axis=-1).double())
+    x = torch.randn(2, 42, 35, dtype=torch.float64).mT * 3 + 2
     x = x if memory_order == 'channels first' else x.contiguous()
-    matrix, weights = torch.randn(1, 5, 40, dtype=torch.float64), torch.randn(2, 5, 35, dtype=torch.float64).softmax(-1)
+    matrix, weights = torch.randn(1, 5, 42, dtype=torch.float64), torch.randn(2, 5, 35, dtype=torch.float64).softmax(-1)
     products = project(norm.fold(x), matrix)
-    torch.testing.assert_close(products, norm(x) @ matrix.mT, rtol=1e-10, atol=1e-11)
+    normed = layer_norm(x, norm.weight, norm.bias)
+    torch.testing.assert_close(products, normed @ matrix.mT, rtol=1e-10, atol=1e-11)
     assert products.stride(-1) == (1 if memory_order == 'channels last' else 35)
-    torch.testing.assert_close(average(norm.fold(x), weights), weights @ norm(x), rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(average(norm.fold(x), weights), weights @ normed, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(norm(x), normed, rtol=1e-10, atol=1e-11)
 
 
 def test_folded_tokens_lose_little_to_an_offset():
@@ -265,6 +268,15 @@ def test_float16_averages_many_tokens():
     x = torch.tensor([0.0, 4.0], dtype=torch.float16).expand(1, 3_000_000, 2)
     weights = torch.full((1, 1, 3_000_000), 1 / 3_000_000)
     torch.testing.assert_close(average(norm.fold(x), weights), torch.tensor([[[-1.0, 1.0]]]), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize('conditioning', CONDITIONINGS)
+def test_a_traced_layer_serves_other_sizes(conditioning):
+    layer = make_layer(conditioning=conditioning)
+    size = dict.fromkeys((2, 3), torch.export.Dim.DYNAMIC)
+    traced = torch.export.export(layer, (torch.randn(1, DIM, 5, 8).double(),), dynamic_shapes=(size,)).module()
+    x = torch.randn(1, DIM, 13, 6, dtype=torch.float64)
+    torch.testing.assert_close(traced(x), layer(x), rtol=1e-10, atol=1e-12)
 
 
 def test_channel_norm_equals_torch():

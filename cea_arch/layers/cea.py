@@ -221,10 +221,8 @@ class PooledHyperAdapter(nn.Module):
 
     def statistics(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """The mean token ``(B, C)`` and the logarithm of the number of tokens, ``(B, 1)``, for :func:`merge_means`."""
-        wide = torch.float32 if tokens.dtype.itemsize < 4 else tokens.dtype
-        count = tokens.shape[1]
-        weights = torch.full((len(tokens), 1, count), 1 / count, dtype=wide, device=tokens.device)
-        return average(tokens, weights).squeeze(1).to(wide), weights.new_full((len(tokens), 1), math.log(count))
+        mean = self._mean(tokens)
+        return mean, mean.new_full((len(mean), 1), math.log(tokens.shape[1]))
 
     def components(self, mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """From the mean token ``(B, C)``, the components ``(A, D)``, each ``(B, r, C)`` in ``dtype``."""
@@ -234,7 +232,12 @@ class PooledHyperAdapter(nn.Module):
 
     def forward(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """As :meth:`CrossAttentionHyperAdapter.forward`."""
-        return self.components(self.statistics(tokens)[0], tokens.dtype)
+        return self.components(self._mean(tokens), tokens.dtype)
+
+    def _mean(self, tokens: Tokens) -> Tensor:
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        alike = torch.zeros(len(tokens), 1, tokens.shape[1], dtype=wide, device=tokens.device)
+        return average(tokens, alike.softmax(-1)).squeeze(1).to(wide)
 
 
 class StaticBank(nn.Module):
