@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 import cea_arch
-from cea_arch import demo, doctor, export, restore_files
+from cea_arch import demo, doctor, export, profiling, restore_files
 from cea_arch.checkpoints import merge
 from cea_arch.compat import HAS_BASICSR, REMEDY
 from cea_arch.errors import UserError
@@ -50,6 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     text = 'write a network for other programs, as ONNX or for torch.export, for pictures of any size'
     export.add_arguments(_add(commands, 'export', text, export.run))
     demo.add_arguments(_add(commands, 'demo', 'open a page on this machine to try a network on pictures', demo.run))
+    text = 'measure what networks cost, the share of CEA, or a CEA layer alone, and print tables'
+    profiling.add_arguments(_add(commands, 'profile', text, profiling.run))
     _add(commands, 'doctor', 'say what is installed, what is not right, and what to do about it', doctor.run)
     info = _add(commands, 'info', 'say what a file of weights holds', doctor.show_weights)
     info.add_argument('file', help='.pth or .safetensors')
@@ -146,7 +148,7 @@ def _report(args: argparse.Namespace) -> None:
 def _modules(args: argparse.Namespace) -> None:
     """Print each module's name, class, output shape for two images, and layout or why it cannot be a target."""
     options = importlib.import_module('cea_arch.options')
-    modules = survey_modules(options.read_base_network(args.opt))
+    modules = survey_modules(options.read_network(args.opt, base=True))
     widths = [max(len(word) for word in words) for words in zip(*((name, m.kind) for name, m in modules.items()))]
     for name, module in modules.items():
         mark = ' ' if module.problem else '*'

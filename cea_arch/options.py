@@ -122,12 +122,16 @@ def write_options(opt: dict[str, Any], path: str | os.PathLike, header: str) -> 
         aside.write_text(comment + text, 'utf-8')
 
 
-def read_base_network(path: str) -> nn.Module:
-    """Build the network of an option file or, of :class:`WithCEA`, its base alone; UserError as for check_options."""
+def read_network(path: str, base: bool = False) -> nn.Module:
+    """Build the network of an option file or, on request, of :class:`WithCEA` its base alone.
+
+    Raises:
+        UserError: As :func:`check_options`.
+    """
     opt, definitions = _load(path), options_schema()['$defs']
     Checker(definitions).check(opt, section({'network_g': definitions['network']}, ['network_g'], closed=False), '')
     options = opt['network_g']
-    if 'base' in options:
+    if base and 'base' in options:
         return _build_network(options['base'], 'network_g.base')
     return _build_network(options, 'network_g')
 

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cea_arch.layers import CEALayer, CrossAttentionHyperAdapter, assemble
 from cea_arch.layers.cea import CONDITIONINGS, LAYOUTS, ROUTINGS, ChannelNorm, top_k
+from cea_arch.layers.tokens import average, project
 
 DIM, RANK = 12, 4
 LAYOUT_SHAPES = {'bchw': (2, DIM, 5, 7), 'bnc': (2, 35, DIM), 'bhwc': (2, 5, 7, DIM)}
@@ -228,6 +229,54 @@ def test_top_k_keeps_k_weights_that_sum_to_one():
     weights = top_k(torch.randn(2, 9, 5), k=2)
     assert ((weights > 0).sum(-1) == 2).all()
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 9))
+
+
+@pytest.mark.parametrize('memory_order', ['channels first', 'channels last'])
+def test_products_with_folded_tokens_equal_those_with_normed_ones(memory_order, monkeypatch):
+    monkeypatch.setattr('cea_arch.layers.tokens.PART', 1)  # several parts, the last one smaller
+    norm = randomise(ChannelNorm(42, axis=-1).double())
+    x = torch.randn(2, 42, 35, dtype=torch.float64).mT * 3 + 2
+    x = x if memory_order == 'channels first' else x.contiguous()
+    matrix, weights = torch.randn(1, 5, 42, dtype=torch.float64), torch.randn(2, 5, 35, dtype=torch.float64).softmax(-1)
+    products = project(norm.fold(x), matrix)
+    normed = layer_norm(x, norm.weight, norm.bias)
+    torch.testing.assert_close(products, normed @ matrix.mT, rtol=1e-10, atol=1e-11)
+    assert products.stride(-1) == (1 if memory_order == 'channels last' else 35)
+    torch.testing.assert_close(average(norm.fold(x), weights), weights @ normed, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(norm(x), normed, rtol=1e-10, atol=1e-11)
+
+
+def test_folded_tokens_lose_little_to_an_offset():
+    layer = make_layer()
+    x = torch.randn(LAYOUT_SHAPES['bchw'], dtype=torch.float64) + 10  # ten times the deviation
+    residual = layer(x) - x
+    found = layer.float()(x.float()).double() - x
+    assert (found - residual).norm() < 1e-4 * residual.norm()
+
+
+def test_float16_takes_large_features():
+    layer = make_layer()
+    layer.norm.weight.data.fill_(8)
+    x = (torch.rand(1, DIM, 16, 16, dtype=torch.float64) - 0.5) * 1e5
+    expected = layer.affinities(x, components=layer.condition(x))
+    found = layer.half().affinities(x.half(), components=layer.condition(x.half()))
+    assert (found.double() - expected).norm() < 0.02 * expected.norm()
+
+
+def test_float16_averages_many_tokens():
+    norm = ChannelNorm(2, axis=-1).half()
+    x = torch.tensor([0.0, 4.0], dtype=torch.float16).expand(1, 3_000_000, 2)
+    weights = torch.full((1, 1, 3_000_000), 1 / 3_000_000)
+    torch.testing.assert_close(average(norm.fold(x), weights), torch.tensor([[[-1.0, 1.0]]]), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize('conditioning', CONDITIONINGS)
+def test_a_traced_layer_serves_other_sizes(conditioning):
+    layer = make_layer(conditioning=conditioning)
+    size = dict.fromkeys((2, 3), torch.export.Dim.DYNAMIC)
+    traced = torch.export.export(layer, (torch.randn(1, DIM, 5, 8).double(),), dynamic_shapes=(size,)).module()
+    x = torch.randn(1, DIM, 13, 6, dtype=torch.float64)
+    torch.testing.assert_close(traced(x), layer(x), rtol=1e-10, atol=1e-12)
 
 
 def test_channel_norm_equals_torch():

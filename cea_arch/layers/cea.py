@@ -23,7 +23,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cea_arch.layers.tokens import LAYOUTS, ChannelNorm, as_tokens, from_tokens, multiply
+from cea_arch.layers.tokens import (
+    LAYOUTS,
+    ChannelNorm,
+    NormedTokens,
+    add_product,
+    as_tokens,
+    average,
+    from_tokens,
+    multiply,
+    project,
+)
 
 
 def signed(affinity: Tensor) -> Tensor:
@@ -42,10 +52,13 @@ def top_k(affinity: Tensor, k: int = 2) -> Tensor:
     return torch.zeros_like(affinity).scatter(-1, index, softmax(values))
 
 
+Tokens = Tensor | NormedTokens  # normalised, written out or not
 ROUTINGS = {'signed': signed, 'softmax': softmax, 'topk': top_k}
 
 
-def assemble(tokens: Tensor, bases: Tensor, directions: Tensor, routing: str = 'signed') -> Tensor:
+def assemble(
+    tokens: Tokens, bases: Tensor, directions: Tensor, routing: str = 'signed', onto: Tensor | None = None
+) -> Tensor:
     """Every token assembles its residual from the image's components: ``(x_hat A^T / sqrt(C)) D``.
 
     With ``signed`` routing this is linear attention with tokens as queries, A as keys, D as values and the identity as
@@ -56,16 +69,18 @@ def assemble(tokens: Tensor, bases: Tensor, directions: Tensor, routing: str = '
         bases: Routing bases A ``(B, r, C)``.
         directions: Residual directions D ``(B, r, C)``.
         routing: ``signed`` (CEA), or a contrast: ``softmax``, ``topk``.
+        onto: Tokens ``(B, N, C)`` to which the residual is added within the last product.
 
     Returns:
-        The residual ``(B, N, C)``, in the memory order of ``tokens``.
+        The residual ``(B, N, C)``, in the memory order of ``tokens``; or ``onto`` with the residual, as ``onto`` is.
     """
-    return multiply(affinities(tokens, bases, routing), directions)
+    affinity = affinities(tokens, bases, routing)
+    return multiply(affinity, directions) if onto is None else add_product(onto, affinity, directions)
 
 
-def affinities(tokens: Tensor, bases: Tensor, routing: str = 'signed') -> Tensor:
+def affinities(tokens: Tokens, bases: Tensor, routing: str = 'signed') -> Tensor:
     """How much of each component every token takes, ``(B, N, r)``; arguments as for :func:`assemble`."""
-    return ROUTINGS[routing](multiply(tokens, bases.mT) * tokens.shape[-1] ** -0.5)
+    return ROUTINGS[routing](project(tokens, bases * bases.shape[-1] ** -0.5))
 
 
 def merge_means(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -123,11 +138,11 @@ class CrossAttentionHyperAdapter(nn.Module):
         keys = self.to_k.weight.view(self.num_heads, width // self.num_heads, -1)  # (h, d/h, C)
         return (queries @ keys / math.sqrt(width // self.num_heads)).flatten(0, 1)
 
-    def read(self, tokens: Tensor) -> Tensor:
+    def read(self, tokens: Tokens) -> Tensor:
         """Attention-weighted sums of tokens ``(B, N, C)``, one a head and probe: ``(B, h, r, C)``."""
         return self._sums(tokens, self._logits(tokens))
 
-    def statistics(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def statistics(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """What :meth:`read` gives, and the logarithm of its weight, for :func:`merge_means` over parts of an image.
 
         Args:
@@ -149,7 +164,7 @@ class CrossAttentionHyperAdapter(nn.Module):
             attended = self.to_out(heads.transpose(1, 2).flatten(2))  # (B, r, d)
             return self.write(self.probes + attended, dtype)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Write the components of each image.
 
         Args:
@@ -160,14 +175,14 @@ class CrossAttentionHyperAdapter(nn.Module):
         """
         return self.components(self.read(tokens), tokens.dtype)
 
-    def _logits(self, tokens: Tensor) -> Tensor:
-        with torch.autocast(tokens.device.type, enabled=False):
-            queries = self.folded_queries().to(tokens.dtype).expand(len(tokens), -1, -1)
-        logits = queries @ tokens.mT  # (B, h*r, N)
+    def _logits(self, tokens: Tokens) -> Tensor:
+        with torch.autocast(self.probes.device.type, enabled=False):
+            queries = self.folded_queries().unsqueeze(0)
+        logits = project(tokens, queries).mT  # (B, h*r, N)
         return logits.float() if logits.dtype.itemsize < 4 else logits
 
-    def _sums(self, tokens: Tensor, logits: Tensor) -> Tensor:
-        return (logits.softmax(-1).to(tokens.dtype) @ tokens).unflatten(1, (self.num_heads, -1))
+    def _sums(self, tokens: Tokens, logits: Tensor) -> Tensor:
+        return average(tokens, logits.softmax(-1)).unflatten(1, (self.num_heads, -1))
 
 
 class ComponentWriter(nn.Module):
@@ -204,9 +219,9 @@ class PooledHyperAdapter(nn.Module):
         self.write = ComponentWriter(dim, rank, width)
         nn.init.zeros_(self.describe[-1].weight)
 
-    def statistics(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def statistics(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """The mean token ``(B, C)`` and the logarithm of the number of tokens, ``(B, 1)``, for :func:`merge_means`."""
-        mean = tokens.mean(1, dtype=torch.float32 if tokens.dtype.itemsize < 4 else tokens.dtype)
+        mean = self._mean(tokens)
         return mean, mean.new_full((len(mean), 1), math.log(tokens.shape[1]))
 
     def components(self, mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -215,9 +230,14 @@ class PooledHyperAdapter(nn.Module):
             states = self.describe(mean.to(self.probes.dtype)).view(-1, *self.probes.shape)
             return self.write(self.probes + states, dtype)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """As :meth:`CrossAttentionHyperAdapter.forward`."""
-        return self.components(tokens.mean(1), tokens.dtype)
+        return self.components(self._mean(tokens), tokens.dtype)
+
+    def _mean(self, tokens: Tokens) -> Tensor:
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        alike = torch.zeros(len(tokens), 1, tokens.shape[1], dtype=wide, device=tokens.device)
+        return average(tokens, alike.softmax(-1)).squeeze(1).to(wide)
 
 
 class StaticBank(nn.Module):
@@ -232,7 +252,7 @@ class StaticBank(nn.Module):
         self.bases = nn.Parameter(torch.randn(rank, dim))
         self.directions = nn.Parameter(torch.randn(rank, dim) * rank**-0.5)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """As :meth:`CrossAttentionHyperAdapter.forward`; the tokens are not read."""
         return tuple(bank.to(tokens.dtype).expand(len(tokens), -1, -1) for bank in (self.bases, self.directions))
 
@@ -282,12 +302,12 @@ class CEALayer(nn.Module):
     def condition(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Components ``(A, D)``, each ``(B, r, C)``, of features ``x`` in the layer's layout."""
         self._check(x)
-        return self.adapter(self.norm(as_tokens(x, self.layout)))
+        return self.adapter(self.norm.fold(as_tokens(x, self.layout)))
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the adapter reads in features ``x``, part of an image: see :func:`merge_means`."""
         self._check(x)
-        return self.adapter.statistics(self.norm(as_tokens(x, self.layout)))
+        return self.adapter.statistics(self.norm.fold(as_tokens(x, self.layout)))
 
     def affinities(self, x: Tensor, components: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The routing, made visible: how much of each component every token of ``x`` takes, ``(B, N, r)``.
@@ -295,7 +315,7 @@ class CEALayer(nn.Module):
         Args as for :meth:`forward`.
         """
         self._check(x)
-        normed = self.norm(as_tokens(x, self.layout))
+        normed = self.norm.fold(as_tokens(x, self.layout))
         bases, _ = self.adapter(normed) if components is None else components
         return affinities(normed, bases, self.routing)
 
@@ -314,11 +334,9 @@ class CEALayer(nn.Module):
         """
         self._check(x)
         tokens = as_tokens(x, self.layout)
-        normed = self.norm(tokens)
-        if components is None:
-            components = self.adapter(normed)
-        residual = assemble(normed, *components, self.routing)
-        return from_tokens(torch.addcmul(tokens, residual.to(x.dtype), self.gamma.to(x.dtype)), x, self.layout)
+        normed = self.norm.fold(tokens)
+        bases, directions = self.adapter(normed) if components is None else components
+        return from_tokens(assemble(normed, bases, directions * self.gamma, self.routing, tokens), x, self.layout)
 
     def _check(self, x: Tensor) -> None:
         dim = self.gamma.numel()
