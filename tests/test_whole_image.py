@@ -8,9 +8,8 @@ from torch import nn
 from cea_arch.archs.ceanet_arch import CEANet
 from cea_arch.errors import UserError
 from cea_arch.layers import CEALayer
-from cea_arch.layers.cea import merge_means
 from cea_arch.layers.transformer import ChannelAttention, merge_products
-from cea_arch.layers.whole_image import WholeImage
+from cea_arch.layers.whole_image import WholeImage, merge_means
 from cea_arch.tiling import (
     Canvas,
     blend,

@@ -83,16 +83,6 @@ def affinities(tokens: Tokens, bases: Tensor, routing: str = 'signed') -> Tensor
     return ROUTINGS[routing](project(tokens, bases * bases.shape[-1] ** -0.5))
 
 
-def merge_means(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Merge weighted means of two sets of tokens, each a mean and the logarithm of its weight, into that of both.
-
-    Exact: a softmax over tokens is a sum of exponentials, so the weights of its parts are their log-sum-exps.
-    """
-    log_weight = torch.logaddexp(one[1], other[1])
-    shares = [(part[1] - log_weight).exp() for part in (one, other)]
-    return one[0] * shares[0] + other[0] * shares[1], log_weight
-
-
 class CrossAttentionHyperAdapter(nn.Module):
     """Read an image's tokens with r learned probes and write its components ``(A, D)`` (from the paper).
 
@@ -143,7 +133,7 @@ class CrossAttentionHyperAdapter(nn.Module):
         return self._sums(tokens, self._logits(tokens))
 
     def statistics(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """What :meth:`read` gives, and the logarithm of its weight, for :func:`merge_means` over parts of an image.
+        """What :meth:`read` gives, and the logarithm of its weight, to be merged over parts of an image.
 
         Args:
             tokens: Normalised tokens ``(B, N, C)`` of a part of an image.
@@ -220,7 +210,7 @@ class PooledHyperAdapter(nn.Module):
         nn.init.zeros_(self.describe[-1].weight)
 
     def statistics(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """The mean token ``(B, C)`` and the logarithm of the number of tokens, ``(B, 1)``, for :func:`merge_means`."""
+        """The mean token ``(B, C)`` and the logarithm of the number of tokens, ``(B, 1)``, to be merged likewise."""
         mean = self._mean(tokens)
         return mean, mean.new_full((len(mean), 1), math.log(tokens.shape[1]))
 
@@ -305,7 +295,7 @@ class CEALayer(nn.Module):
         return self.adapter(self.norm.fold(as_tokens(x, self.layout)))
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the adapter reads in features ``x``, part of an image: see :func:`merge_means`."""
+        """What the adapter reads in features ``x``, part of an image: see :mod:`cea_arch.layers.whole_image`."""
         self._check(x)
         return self.adapter.statistics(self.norm.fold(as_tokens(x, self.layout)))
 

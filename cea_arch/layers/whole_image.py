@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from cea_arch.layers.cea import CEALayer, merge_means
+from cea_arch.layers.cea import CEALayer
 from cea_arch.layers.transformer import ChannelAttention, merge_products
 
 Region = tuple[slice, slice]
@@ -106,3 +107,13 @@ class WholeImage:
             stop = length if core.stop == pixels else round(core.stop / scale)
             region[axis] = slice(round(core.start / scale), stop)
         return tuple(region)
+
+
+def merge_means(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Merge weighted means of two sets of tokens, each a mean and the logarithm of its weight, into that of both.
+
+    Exact: a softmax over tokens is a sum of exponentials, so the weights of its parts are their log-sum-exps.
+    """
+    log_weight = torch.logaddexp(one[1], other[1])
+    shares = [(part[1] - log_weight).exp() for part in (one, other)]
+    return one[0] * shares[0] + other[0] * shares[1], log_weight
