@@ -4,9 +4,11 @@ So a run that was interrupted goes on as if it had not been, whatever the number
 generator has to be stored.
 """
 
+import ctypes
 import random
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch.utils.data import Dataset
 
 from cea_arch.errors import UserError
 
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 MOST_TRIES = 20  # images in a row that cannot be read, before it is no accident
 
 
@@ -68,9 +71,14 @@ class ReplaySampler(EnlargedSampler):
 
 
 def start_worker(worker_id: int) -> None:
-    """Leave signals to the main process, which saves and ends, and its workers with it: they are sent to all."""
+    """Leave signals to the main process, which saves and ends, and its workers with it: they are sent to all.
+
+    If it is killed, Linux kills the worker as well, which would keep its connections to other processes open.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    with suppress(OSError, AttributeError):  # on other systems
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def seed_all(*key: int) -> None:
