@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from cea_arch.layers.tokens import (
     LAYOUTS,
     ChannelNorm,
-    NormedTokens,
+    Tokens,
     add_product,
     as_tokens,
     average,
@@ -52,7 +52,6 @@ def top_k(affinity: Tensor, k: int = 2) -> Tensor:
     return torch.zeros_like(affinity).scatter(-1, index, softmax(values))
 
 
-Tokens = Tensor | NormedTokens  # normalised, written out or not
 ROUTINGS = {'signed': signed, 'softmax': softmax, 'topk': top_k}
 
 
@@ -130,7 +129,7 @@ class CrossAttentionHyperAdapter(nn.Module):
 
     def read(self, tokens: Tokens) -> Tensor:
         """Attention-weighted sums of tokens ``(B, N, C)``, one a head and probe: ``(B, h, r, C)``."""
-        return self._sums(tokens, self._logits(tokens))
+        return self._attend(tokens)[0]
 
     def statistics(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """What :meth:`read` gives, and the logarithm of its weight, to be merged over parts of an image.
@@ -141,10 +140,8 @@ class CrossAttentionHyperAdapter(nn.Module):
         Returns:
             The sums ``(B, h, r, C)`` and the log-sum-exp of their logits ``(B, h, r, 1)``, in float32 or wider.
         """
-        logits = self._logits(tokens)
-        sums = self._sums(tokens, logits)
-        wide = sums.float() if sums.dtype.itemsize < 4 else sums
-        return wide, logits.logsumexp(-1, keepdim=True).unflatten(1, (self.num_heads, -1))
+        sums, logits = self._attend(tokens)
+        return sums.to(logits.dtype), logits.logsumexp(-1, keepdim=True).unflatten(1, (self.num_heads, -1))
 
     def components(self, sums: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """From what :meth:`read` gives, ``(B, h, r, C)``, to components ``(A, D)``, each ``(B, r, C)`` in ``dtype``."""
@@ -165,14 +162,13 @@ class CrossAttentionHyperAdapter(nn.Module):
         """
         return self.components(self.read(tokens), tokens.dtype)
 
-    def _logits(self, tokens: Tokens) -> Tensor:
+    def _attend(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """The sums ``(B, h, r, C)`` and their logits ``(B, h*r, N)``, these in float32 or wider."""
         with torch.autocast(self.probes.device.type, enabled=False):
             queries = self.folded_queries().unsqueeze(0)
-        logits = project(tokens, queries).mT  # (B, h*r, N)
-        return logits.float() if logits.dtype.itemsize < 4 else logits
-
-    def _sums(self, tokens: Tokens, logits: Tensor) -> Tensor:
-        return average(tokens, logits.softmax(-1)).unflatten(1, (self.num_heads, -1))
+        products = project(tokens, queries).mT
+        logits = products.to(torch.promote_types(products.dtype, torch.float32))
+        return average(tokens, logits.softmax(-1)).unflatten(1, (self.num_heads, -1)), logits
 
 
 class ComponentWriter(nn.Module):
@@ -306,8 +302,7 @@ class CEALayer(nn.Module):
         """
         self._check(x)
         normed = self.norm.fold(as_tokens(x, self.layout))
-        bases, _ = self.adapter(normed) if components is None else components
-        return affinities(normed, bases, self.routing)
+        return affinities(normed, (components or self.adapter(normed))[0], self.routing)
 
     def forward(self, x: Tensor, components: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Add to each token of ``x`` the residual it assembles.

@@ -29,7 +29,7 @@ def multiply(tokens: Tensor, matrix: Tensor) -> Tensor:
     return tokens @ matrix if tokens.stride(-1) == 1 else (matrix.mT @ tokens.mT).mT
 
 
-def project(tokens: 'Tensor | NormedTokens', matrix: Tensor) -> Tensor:
+def project(tokens: 'Tokens', matrix: Tensor) -> Tensor:
     """``tokens @ matrix^T`` for ``(B, N, C)`` and ``(B, K, C)`` or ``(1, K, C)``, laid out in memory as the tokens are.
 
     Of :class:`NormedTokens` it comes in float32 or wider.
@@ -44,7 +44,7 @@ def project(tokens: 'Tensor | NormedTokens', matrix: Tensor) -> Tensor:
         return torch.addcmul(offset, multiply(tokens.raw, centred.mT), tokens.scale)
 
 
-def average(tokens: 'Tensor | NormedTokens', weights: Tensor) -> Tensor:
+def average(tokens: 'Tokens', weights: Tensor) -> Tensor:
     """``weights @ tokens`` for ``(B, K, N)``, rows of which sum to 1, and ``(B, N, C)``.
 
     Of :class:`NormedTokens` it comes in float32 or wider.
@@ -99,6 +99,9 @@ class NormedTokens:
 
     def __len__(self) -> int:
         return len(self.raw)
+
+
+Tokens = Tensor | NormedTokens  # normalised, written out or not
 
 
 def mean_and_scale(x: Tensor, axis: int, eps: float) -> tuple[Tensor, Tensor]:
