@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from basicsr.models import build_model
 
+from cea_arch import distributed
 from cea_arch.archs.with_cea_arch import WithCEA
 from cea_arch.checkpoints import check_fit, holds_layers_alone, read_checkpoint, weights_of
 from cea_arch.metrics.protocols import PROTOCOLS
@@ -51,12 +52,11 @@ def run(args: argparse.Namespace) -> int:
     opt = read_options(args.opt, args.set, args.force_yml)
     is_train = 'train' in opt['datasets']
     parsed = parsed_options(args, opt, is_train)
-    devices = args.processes if args.processes > 1 else max(parsed['num_gpu'], 1)
-    several = {'dist': args.processes > 1, 'world_size': args.processes}
-    parts = check_options(parsed | several, may_miss=True)
+    several = parsed | {'dist': args.processes > 1, 'world_size': args.processes}
+    parts = check_options(several, may_miss=True)
     if 'path.pretrain_network_g' not in parts.missing:
         _check_weights(parsed, parts)
-    rows = _training(parsed, parts, devices) if is_train else _testing(parsed, parts)
+    rows = _training(parsed, parts, distributed.devices(several)) if is_train else _testing(parsed, parts)
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         print(f'{name:<{width}}  {text}')

@@ -71,6 +71,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def devices(opt: dict[str, Any]) -> int:
+    """Over how many devices the options of a run, as parsed, spread a batch: processes, or GPUs of one process."""
+    return opt['world_size'] if opt['dist'] else max(opt['num_gpu'], 1)
+
+
 def first_of_machine() -> bool:
     """Whether this is the first process of its machine, as launchers count; known before :func:`start`."""
     return os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', '0')) == '0'

@@ -14,6 +14,7 @@ from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY
 from torch import nn
 from torch.utils.data import Dataset
 
+from cea_arch import distributed
 from cea_arch.archs.with_cea_arch import WithCEA
 from cea_arch.errors import UserError, lookup, suggest
 from cea_arch.files import written_beside
@@ -284,7 +285,7 @@ def _build_dataset(phase: str, options: dict[str, Any], opt: dict[str, Any]) -> 
         said = f'the key {error} is missing.' if isinstance(error, KeyError) else error
         raise UserError(f'{label}: {said}') from error
     if phase == 'train':
-        batch = options['batch_size_per_gpu'] * (opt['world_size'] if opt['dist'] else max(opt['num_gpu'], 1))
+        batch = options['batch_size_per_gpu'] * distributed.devices(opt)
         samples = len(dataset) * options.get('dataset_enlarge_ratio', 1)
         if batch > samples:
             raise UserError(

@@ -76,7 +76,7 @@ class CEAModel(ValidatedModel):
 
     def describe_training(self) -> str:
         """What decides whether two runs can be compared: batch, loss terms with their weights, protocol of scoring."""
-        devices = self.opt['world_size'] if self.opt['dist'] else max(self.opt['num_gpu'], 1)
+        devices = distributed.devices(self.opt)
         per_device = self.opt['datasets']['train']['batch_size_per_gpu']
         parts = f', each computed in {self.step.accumulate} parts' if self.step.accumulate > 1 else ''
         lines = [f'Effective batch: {per_device * devices} ({devices} x {per_device}{parts})']

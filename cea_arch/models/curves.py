@@ -12,6 +12,7 @@ from basicsr.utils.dist_util import master_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
+from cea_arch import distributed
 from cea_arch.errors import UserError
 from cea_arch.models.report import write_picture
 
@@ -30,8 +31,7 @@ class ProgressLogger(MessageLogger):
 
     def __init__(self, opt: dict[str, Any], start_iter: int = 1, tb_logger: SummaryWriter | None = None) -> None:
         super().__init__(opt, start_iter, tb_logger)
-        devices = opt['world_size'] if opt['dist'] else max(opt['num_gpu'], 1)
-        self.batch = opt['datasets']['train']['batch_size_per_gpu'] * devices
+        self.batch = opt['datasets']['train']['batch_size_per_gpu'] * distributed.devices(opt)
 
     @master_only
     def __call__(self, log_vars: dict[str, Any]) -> None:
