@@ -104,6 +104,15 @@ def test_evaluation_crops_the_centre(image_folder):
     assert centre_crop(img, 16)[0, 0, 0] == 1 * 67 + 1
 
 
+@pytest.mark.parametrize('source', [{'degradation': 'jpeg', 'qualities': 10}, {'degradation': 'defocus', 'radii': [3]}])
+def test_degradations_of_one_strength(image_folder, source):
+    source |= {'dataroot_gt': image_folder('gt', ['a'], (48, 48))}
+    sample = AllInOneDataset(options('val', x=source))[0]
+    assert 0.002 < (sample['lq'] - sample['gt']).abs().mean() < 0.4
+    crop = AllInOneDataset(options(x=source, gt_size=16))[0]
+    assert not torch.equal(crop['lq'], crop['gt'])
+
+
 def test_downscaling_is_matlabs_bicubic(image_folder):
     """Of a linear ramp, away from the border, every cubic kernel gives the ramp; aligned as pixel areas are."""
     source = {'degradation': 'downscale', 'scale': 3, 'dataroot_gt': image_folder('gt', ['a'], (49, 65))}
@@ -227,6 +236,8 @@ def test_a_crop_larger_than_an_image_is_named(image_folder):
         ({'degradation': 'downscale'}, 'sources.x.scale is missing'),
         ({'degradation': 'gaussian_noise', 'sigma': 25}, "unknown key 'sigma'. Did you mean 'sigmas'?"),
         ({'degradation': 'gaussian_noise', 'quantize': 'floor'}, "quantize must be one of trunc, round, got 'floor'"),
+        ({'degradation': 'jpeg', 'qualities': [20, 0]}, r'qualities\[1\] must be .*, got 0'),
+        ({'degradation': 'defocus', 'radii': -1}, 'radii must be .*, got -1'),
         ({'degradation': 'gaussian_noise', 'repeat': 0}, 'repeat must be a whole number of at least 1, got 0'),
         ({'degradation': 'synthetic', 'tasks': ['fog']}, r"tasks\[0\] must be one of low_light, .*, got 'fog'"),
         ({'degradation': 'synthetic', 'tasks': ['rain'], 'num_tasks': 2}, 'num_tasks must lie in 1 to 1'),

@@ -118,3 +118,21 @@ def test_quantize():
     assert deg.quantize(img, 'trunc').tolist() == [[[0, 10, 255]]]
     levels = np.arange(256).reshape(-1, 1, 1) / 255.0
     assert deg.quantize(levels, 'trunc').ravel().tolist() == list(range(256))
+
+
+def test_defocus_spreads_a_point_over_a_disk():
+    point = np.zeros((21, 21, 3))
+    point[10, 10] = 1
+    disk = deg.defocus(point, 4)[..., 0]
+    assert disk.sum() == pytest.approx(1)
+    assert 1 / disk.max() == pytest.approx(np.pi * 16, rel=0.05)
+    np.testing.assert_allclose((disk[10, 16], disk[4, 10]), 0, atol=1e-12)
+    np.testing.assert_allclose(deg.defocus(point, 0), point, atol=1e-12)
+
+
+def test_jpeg_keeps_less_at_a_lower_quality(clear):
+    errors = [np.abs(deg.jpeg(clear, quality) - clear).mean() for quality in (95, 40, 10)]
+    assert 0 < errors[0] < errors[1] < errors[2]
+    red = np.zeros((16, 16, 3))
+    red[..., 0] = 1
+    np.testing.assert_allclose(deg.jpeg(red, 95), red, atol=0.02)  # channels in their order

@@ -12,11 +12,11 @@ from basicsr.utils.matlab_functions import imresize
 from basicsr.utils.registry import DATASET_REGISTRY
 from torch.utils.data import Dataset
 
-from cea_arch.data.degradations import ORDER, gaussian_noise, quantize, synthesize
+from cea_arch.data.degradations import ORDER, defocus, gaussian_noise, jpeg, quantize, synthesize
 from cea_arch.data.image_store import ImageStore
 from cea_arch.data.pairing import pair_keys
 from cea_arch.errors import UserError
-from cea_arch.rules import FLAG, TEXT, Checker, either, list_of, number, one_of, section, typed, whole
+from cea_arch.rules import FLAG, TEXT, Checker, Rule, either, list_of, number, one_of, section, typed, whole
 
 _COMMON = {
     'degradation': TEXT,
@@ -24,17 +24,30 @@ _COMMON = {
     'io_backend': section({'type': one_of('disk', 'lmdb')}, ['type']),
     'repeat': whole(),
 }
-_SIGMA = number(minimum=0)
+_STRENGTHS = {  # degradations of one strength, drawn from a list: the option, its default, the rule for each value
+    'gaussian_noise': ('sigmas', [15, 25, 50], number(minimum=0)),
+    'defocus': ('radii', [2], number(minimum=0)),
+    'jpeg': ('qualities', [20], number(minimum=1, maximum=100)),
+}
+
+
+def _one_or_several(degradation: str) -> dict[str, Rule]:
+    name, _, rule = _STRENGTHS[degradation]
+    return {name: either(rule, list_of(rule))}
+
+
 SOURCE_RULES = {
     'paired': section(_COMMON | {'dataroot_lq': TEXT}, ['dataroot_gt', 'dataroot_lq']),
-    'gaussian_noise': section(
-        _COMMON | {'sigmas': either(_SIGMA, list_of(_SIGMA)), 'quantize': one_of('trunc', 'round')}, ['dataroot_gt']
-    ),
     'synthetic': section(
         _COMMON
         | {'tasks': list_of(one_of(*ORDER)), 'num_tasks': either(whole(), list_of(whole(), 2, 2)), 'vary': FLAG},
         ['dataroot_gt'],
     ),
+    'gaussian_noise': section(
+        _COMMON | _one_or_several('gaussian_noise') | {'quantize': one_of('trunc', 'round')}, ['dataroot_gt']
+    ),
+    'defocus': section(_COMMON | _one_or_several('defocus'), ['dataroot_gt']),
+    'jpeg': section(_COMMON | _one_or_several('jpeg'), ['dataroot_gt']),
     'downscale': section(_COMMON | {'scale': whole()}, ['dataroot_gt', 'scale']),
 }
 DATASET_RULES = {
@@ -68,15 +81,18 @@ class Source:
         clean = gt / float(np.iinfo(gt.dtype).max)
         if self.degradation == 'downscale':
             return quantize(imresize(clean, 1 / self.scale))
-        if self.degradation == 'gaussian_noise':
-            return quantize(gaussian_noise(clean, float(rng.choice(self.sigmas)), rng), self.quantize)
+        if self.strengths:
+            strength = float(rng.choice(self.strengths))
+            if self.degradation == 'gaussian_noise':
+                return quantize(gaussian_noise(clean, strength, rng), self.quantize)
+            return quantize({'defocus': defocus, 'jpeg': jpeg}[self.degradation](clean, strength))
         count = int(rng.integers(self.num_tasks[0], self.num_tasks[1], endpoint=True))
         return quantize(synthesize(clean, rng.choice(self.tasks, count, replace=False), rng, self.vary))
 
     def identity(self) -> str:
         """What the fixed draws of evaluation depend on, besides seed and image name."""
-        if self.degradation == 'gaussian_noise':
-            return f'gaussian_noise {self.sigmas}'
+        if self.strengths:
+            return f'{self.degradation} {self.strengths}'
         if self.degradation == 'downscale':
             return f'downscale {self.scale}'
         return f'synthetic {self.tasks} {self.num_tasks} {self.vary}'
@@ -91,9 +107,11 @@ class Source:
 
     def _read_strengths(self, opt: dict[str, Any], label: str) -> None:
         self.scale = opt['scale'] if self.degradation == 'downscale' else 1
-        if self.degradation == 'gaussian_noise':
-            sigmas = opt.get('sigmas', [15, 25, 50])
-            self.sigmas = [float(sigma) for sigma in (sigmas if isinstance(sigmas, list) else [sigmas])]
+        self.strengths = []
+        if self.degradation in _STRENGTHS:
+            name, default, _ = _STRENGTHS[self.degradation]
+            given = opt.get(name, default)
+            self.strengths = [float(value) for value in (given if isinstance(given, list) else [given])]
             self.quantize = opt.get('quantize', 'trunc')
         elif self.degradation == 'synthetic':
             self.tasks = list(opt.get('tasks', ORDER))
@@ -123,6 +141,7 @@ class AllInOneDataset(Dataset):
                 literature's clip and truncate, default) or ``round``.
                 ``synthetic``: ``tasks`` (of ``low_light, rain, snow, haze, blur, noise``), ``num_tasks`` (how many of
                 them act at once: a number or ``[least, most]``), ``vary`` (strength varies over the image, default).
+                ``defocus``: ``radii`` of the disk, in pixels; ``jpeg``: ``qualities`` of 1 to 100; one or a list.
                 ``downscale``: ``scale``, the factor by which the degraded image is smaller; bicubic as MATLAB's, the
                 literature's way for super-resolution. Crops must be multiples of it, whole images are cropped so.
             dataroot_gt: Folder or ``.lmdb`` of clean images.

@@ -68,6 +68,20 @@ def blur(img: Array, kernel: Array, strength: float | Array = 1.0) -> Array:
     return img + strength * (cv2.filter2D(img, -1, kernel, borderType=cv2.BORDER_REFLECT_101) - img)
 
 
+def defocus(img: Array, radius: float) -> Array:
+    """Filter by an anti-aliased disk of ``radius`` pixels: a lens out of focus."""
+    reach = int(np.ceil(radius)) + 1
+    ys, xs = np.mgrid[-reach : reach + 1, -reach : reach + 1]
+    kernel = np.clip(radius + 0.5 - np.hypot(ys, xs), 0, 1)
+    return blur(img, kernel / kernel.sum())
+
+
+def jpeg(img: Array, quality: float) -> Array:
+    """Store as JPEG at ``quality`` (1 to 100), chroma at half the resolution, and read again."""
+    _, encoded = cv2.imencode('.jpg', quantize(img)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, int(quality)])
+    return cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1] / 255
+
+
 def smooth_field(shape: Sequence[int], rng: Generator, period: float = 160.0) -> Array:
     """A smooth random map: values drawn every ``period`` pixels at a random phase, interpolated with zero end slopes.
 
