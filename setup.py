@@ -15,7 +15,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['cea_arch', 'cea_arch.*']),
-    package_data={'cea_arch.metrics': ['published/*.csv']},
+    package_data={'cea_arch': ['weights/*'], 'cea_arch.metrics': ['published/*.csv']},
     python_requires='>=3.10',
     install_requires=[
         # its source does not build on Python 3.13 and later; layers and networks work without it

@@ -21,25 +21,14 @@ from cea_arch.files import written_beside
 
 WEIGHT_KEYS = ('params_ema', 'params')
 PREFIXES = ('module.', '_orig_mod.')  # DataParallel and torch.compile leave them before every name
-SAFETENSORS = 'files .safetensors'
+SAFETENSORS = 'writing .safetensors'
+DTYPES = {'F16': torch.float16, 'BF16': torch.bfloat16, 'F32': torch.float32, 'F64': torch.float64, 'I64': torch.int64}
 METADATA_KEY = 'cea_arch'  # of the JSON in a .safetensors file
 SHOWN = 3
 # what torch's reader raises for bytes that are no weights
 BAD_FILE = (AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError)
-# where weights that come with the package would lie; there are none yet
-PACKAGED_WEIGHTS = Path(__file__).parent / 'weights' / 'ceanet_t.safetensors'
-NO_MODEL = (
-    'name a file of weights with --model: none come with this version. '
-    '`python cea_arch/train.py -opt options/cea_demo.yml` trains one in minutes, '
-    'experiments/cea_demo/models/net_g_latest.pth.'
-)
-
-
-def default_model() -> Path:
-    """The weights that come with the package; UserError while there are none."""
-    if not PACKAGED_WEIGHTS.is_file():
-        raise UserError(NO_MODEL)
-    return PACKAGED_WEIGHTS
+PACKAGED_WEIGHTS = Path(__file__).parent / 'weights' / 'ceanet_t.safetensors'  # see the card beside it
+MODEL_HELP = 'file of weights, .pth or .safetensors (default: CEANet-T as it comes with the package)'
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -145,7 +134,7 @@ def holds_layers_alone(weights: Mapping[str, Tensor]) -> bool:
 
 
 def load_network(path: str | os.PathLike) -> nn.Module:
-    """The network that a file holds, with its weights, in evaluation mode.
+    """The network that a file holds, with its weights in float32, in evaluation mode.
 
     Raises:
         UserError: No such file, not a file of weights, an unknown network, or weights that do not fit it.
@@ -220,11 +209,19 @@ def _merged(base: dict[str, Tensor], cea: dict[str, Tensor], base_path: str, cea
 
 
 def _read_safetensors(path: str | os.PathLike) -> dict[str, Any]:
-    safetensors = need('safetensors', 'safetensors', SAFETENSORS)
+    """Length of the header, header (JSON), little-endian numbers: read here, so that packaged weights need no extra."""
+    data = memoryview(Path(path).read_bytes())
     try:
-        with safetensors.safe_open(path, framework='pt') as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+        start = 8 + int.from_bytes(data[:8], 'little')
+        header = json.loads(bytes(data[8:start]))
+        metadata = header.pop('__metadata__', {})
+        weights = {name: _tensor(data[start:], **entry) for name, entry in header.items()}
         return {'params': weights, **json.loads(metadata.get(METADATA_KEY, '{}'))}
-    except (safetensors.SafetensorError, ValueError) as error:
+    except BAD_FILE as error:
         raise UserError(f'{path} is not a file of weights: {error}') from error
+
+
+def _tensor(data: memoryview, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
+    part = bytearray(data[slice(*data_offsets)])
+    tensor = torch.frombuffer(part, dtype=DTYPES[dtype]) if part else torch.empty(0, dtype=DTYPES[dtype])
+    return tensor.view(shape)

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from cea_arch.checkpoints import PACKAGED_WEIGHTS
 from cea_arch.restore import CONDITIONINGS, PRECISIONS, Restorer, restore
 
 load = lru_cache(maxsize=2)(Restorer)
@@ -29,7 +30,7 @@ class CEARestore:
         return {
             'required': {
                 'image': ('IMAGE',),
-                'model': ('STRING', {'default': 'net_g_latest.pth'}),
+                'model': ('STRING', {'default': str(PACKAGED_WEIGHTS)}),
                 'precision': (list(PRECISIONS),),
                 'conditioning': (list(CONDITIONINGS),),
             }

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cea_arch.checkpoints import default_model
+from cea_arch.checkpoints import MODEL_HELP, PACKAGED_WEIGHTS
 from cea_arch.data.degradations import ORDER, quantize, synthesize
 from cea_arch.errors import UserError, need
 from cea_arch.maps import RoutingMaps, draw_maps
@@ -25,7 +25,7 @@ MAPS_NOTE = (
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare what :func:`run` reads."""
-    command.add_argument('-m', '--model', help='file of weights, .pth or .safetensors')
+    command.add_argument('-m', '--model', default=PACKAGED_WEIGHTS, help=MODEL_HELP)
     command.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1, mps (default: auto)')
     command.add_argument('--host', default='127.0.0.1', help='address to serve on (default: 127.0.0.1, this machine)')
     command.add_argument('--port', type=int, help='port to serve on (default: the first free one from 7860)')
@@ -34,7 +34,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Serve the page until interrupted."""
     keep_freed_memory()
-    restorer = Restorer(args.model or default_model(), args.device)
+    restorer = Restorer(args.model, args.device)
     with tempfile.TemporaryDirectory(prefix='cea_demo_') as folder:
         page = serve(build_page(restorer, Path(folder)), args.host, args.port)
         print(f'The page is at {page.local_url} ({restorer.device}); Ctrl-C ends it.', flush=True)

@@ -1,4 +1,7 @@
-"""Networks for other programs: ONNX and torch.export files for pictures of any size, checked before they are kept."""
+"""Networks for other programs: ONNX and torch.export files for pictures of any size, checked before they are kept.
+
+And weights alone, as ``.safetensors``: those that restore, once, in half precision if wished.
+"""
 
 import argparse
 import copy
@@ -12,11 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from cea_arch.checkpoints import default_model, load_network
+from cea_arch.checkpoints import (
+    MODEL_HELP,
+    PACKAGED_WEIGHTS,
+    WEIGHT_KEYS,
+    load_network,
+    network_options,
+    read_checkpoint,
+    weights_of,
+    write_checkpoint,
+)
 from cea_arch.errors import UserError, need
 from cea_arch.files import written_beside
 from cea_arch.fitting import find_fit
 
+WEIGHTS_ALONE = '.safetensors'
 SIZES = ((16, 24), (33, 40), (64, 47), (17, 90), (9, 12))  # height, width: odd and even, other than the traced one
 TRACED_SIZE = (40, 48)
 TOLERANCE = 1e-4  # for images in [0, 1]
@@ -26,16 +39,18 @@ CANNOT = 'the network cannot be exported for pictures of any size: {}'
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare what :func:`run` reads."""
-    command.add_argument('output', help='NAME.onnx, or NAME.pt2 for torch.export')
-    command.add_argument('-m', '--model', help='file of weights, .pth or .safetensors')
+    command.add_argument('output', help='NAME.onnx, NAME.pt2 for torch.export, or NAME.safetensors')
+    command.add_argument('-m', '--model', default=PACKAGED_WEIGHTS, help=MODEL_HELP)
     command.add_argument('--fp16', action='store_true', help='half precision: half the file, for GPUs')
     command.add_argument('--overwrite', action='store_true', help='replace a file that exists')
 
 
 def run(args: argparse.Namespace) -> None:
     """Export a file of weights and say how far the result is from the network."""
-    net = load_network(args.model or default_model())
-    error, sizes = export_network(net, args.output, args.fp16, args.overwrite)
+    if args.output.endswith(WEIGHTS_ALONE):
+        error, sizes = export_weights(args.model, args.output, args.fp16, args.overwrite)
+    else:
+        error, sizes = export_network(load_network(args.model), args.output, args.fp16, args.overwrite)
     words = 'float16' if args.fp16 else 'float32'
     said = ', '.join(f'{width} x {height}' for height, width in sizes)
     names = ', input lq, output restored' if args.output.endswith('.onnx') else ''
@@ -63,9 +78,8 @@ def export_network(
     """
     path = Path(path)
     if path.suffix not in FORMATS:
-        raise UserError(f'{path}: expected a name that ends in {" or ".join(FORMATS)}.')
-    if path.exists() and not overwrite:
-        raise UserError(f'{path} exists; --overwrite replaces it.')
+        raise UserError(f'{path}: expected a name that ends in {", ".join(FORMATS)} or {WEIGHTS_ALONE}.')
+    _refuse_to_replace(path, overwrite)
     write, read = FORMATS[path.suffix]
     dtype, tolerance = (torch.float16, TOLERANCE_HALF) if half else (torch.float32, TOLERANCE)
     multiple = find_fit(net.eval().cpu(), torch.device('cpu')).multiple
@@ -80,6 +94,38 @@ def export_network(
         if not error <= tolerance:
             raise UserError(f'{path}: what was exported differs by {error:.1e}, over {tolerance:.1e}; it is not kept.')
     return error, sizes[1:]
+
+
+def export_weights(
+    model: str | os.PathLike, path: str | os.PathLike, half: bool = False, overwrite: bool = False
+) -> tuple[float, list[tuple[int, int]]]:
+    """Write the weights of a file that restore, with what it says of its network, as ``.safetensors``.
+
+    Args:
+        model: A file of weights; of ``params_ema`` and ``params``, the former counts.
+        path: Where to write.
+        half, overwrite: As for :func:`export_network`; half precision is rounded from float32, and restores in it.
+
+    Returns:
+        As :func:`export_network`.
+
+    Raises:
+        UserError: A file that exists, or the extra ``safetensors`` is absent.
+    """
+    _refuse_to_replace(Path(path), overwrite)
+    content = read_checkpoint(model)
+    weights, net = weights_of(content, model), load_network(model)
+    if half:
+        weights = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+    rest = {key: value for key, value in content.items() if key not in WEIGHT_KEYS and key not in weights}
+    write_checkpoint({'params': weights, **rest, 'network_g': network_options(content, model)}, path)
+    sizes = [(64, 64), (97, 130)]
+    return _largest_difference(net, load_network(path), sizes), sizes
+
+
+def _refuse_to_replace(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise UserError(f'{path} exists; --overwrite replaces it.')
 
 
 def _traced(net: nn.Module, image: Tensor, multiple: int) -> torch.export.ExportedProgram:

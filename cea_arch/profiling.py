@@ -1,8 +1,10 @@
 """``cea profile``: what networks cost, CEA's share of it, and what a CEA layer costs beside a 1x1 convolution."""
 
 import argparse
+import ast
 import copy
 import importlib
+import importlib.util
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,6 +49,7 @@ Row = dict[str, Any]
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare what :func:`run` reads."""
     command.add_argument('-opt', nargs='+', action='extend', default=[], help='option YAML files, for their network_g')
+    command.add_argument('--code', nargs='+', default=[], help="other networks, each 'FILE.py:Class(word=value)'")
     command.add_argument('--size', nargs='+', default=[], help=f"CEANet's named sizes: {', '.join(SIZES)}")
     command.add_argument('--without-cea', action='store_true', help='each network also without its CEA layers')
     command.add_argument('--pixels', nargs='+', type=int, default=[256], help='heights of square images (256)')
@@ -68,8 +71,8 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f'--{name} must be at least 1, got {getattr(args, name)}.')
     if min(args.pixels) < 1:
         raise UserError(f'--pixels must be at least 1, got {min(args.pixels)}.')
-    if args.layer and (args.opt or args.size or args.layers or args.without_cea):
-        raise UserError('--layer measures a CEA layer alone: leave out -opt, --size, --layers and --without-cea.')
+    if args.layer and (args.opt or args.code or args.size or args.layers or args.without_cea):
+        raise UserError('--layer measures a CEA layer alone: leave out -opt, --code, --size, --layers, --without-cea.')
     device = choose_device(args.device)
     keep_freed_memory()  # as cea restore does
     nets = {} if args.layer else _networks(args)
@@ -257,12 +260,31 @@ def _networks(args: argparse.Namespace) -> dict[str, nn.Module]:
         raise UserError(f'-opt: {REMEDY} Without it there is --size.')
     for path in args.opt:
         nets[Path(path).stem] = importlib.import_module('cea_arch.options').read_network(path)
+    nets |= {code.rpartition(':')[2]: network_of_code(code) for code in args.code}
     if not nets:
-        raise UserError('name networks, by -opt or --size, or use --layer.')
+        raise UserError('name networks, by -opt, --size or --code, or use --layer.')
     if args.without_cea:  # each beside its own, so that one is timed right after the other
         pairs = [((name, net), (name + WITHOUT, without_cea(net, name))) for name, net in nets.items()]
         nets = dict(named for pair in pairs for named in pair)
     return {name: net.train(args.train) for name, net in nets.items()}
+
+
+def network_of_code(code: str) -> nn.Module:
+    """A network from a Python file, which is run: ``FILE.py:Class`` or ``FILE.py:Class(word=value)``, plain values.
+
+    Raises:
+        UserError: No such file or class, or the file or the class raises an exception.
+    """
+    file, _, call = code.rpartition(':')
+    try:
+        tree = ast.parse(call if '(' in call else f'{call}()', mode='eval').body
+        words = {word.arg: ast.literal_eval(word.value) for word in tree.keywords}
+        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, tree.func.id)(**words)
+    except Exception as error:  # whatever the file does
+        raise UserError(f"--code {code}: expected 'FILE.py:Class(word=value)'; {error}") from error
 
 
 def _call(net: nn.Module, side: int, args: argparse.Namespace, device: torch.device) -> Call:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cea_arch.checkpoints import load_network
+from cea_arch.checkpoints import PACKAGED_WEIGHTS, load_network
 from cea_arch.errors import UserError
 from cea_arch.fitting import Fit, find_fit
 from cea_arch.layers.whole_image import WholeImage
@@ -48,7 +48,8 @@ class Restorer:
     Args:
         model: File of weights, see :func:`cea_arch.checkpoints.load_network`, or a network that maps RGB images
             ``(1, 3, H, W)`` in [0, 1] to the same shape, or one that is an integer ``scale`` larger. One that takes
-            multiples of some size alone gets images continued by reflection.
+            multiples of some size alone gets images continued by reflection. By default CEANet-T as it comes with the
+            package; ``cea_arch/weights/README.md`` says on what it was trained.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         precision: ``fp32``, or ``bf16`` or ``fp16`` under autocast; where that gives no finite numbers, fp32 is used
             and a warning says so.
@@ -68,7 +69,7 @@ class Restorer:
 
     def __init__(
         self,
-        model: str | Path | nn.Module,
+        model: str | Path | nn.Module = PACKAGED_WEIGHTS,
         device: str = 'auto',
         precision: str = 'fp32',
         tile: int | str = 'auto',
@@ -170,7 +171,9 @@ class Restorer:
             return self.fit.run(self.net, x).float()
 
 
-def restore(image: np.ndarray, model: str | Path | nn.Module | Restorer, **options: object) -> np.ndarray:
+def restore(
+    image: np.ndarray, model: str | Path | nn.Module | Restorer = PACKAGED_WEIGHTS, **options: object
+) -> np.ndarray:
     """Restore one image.
 
     Args:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cea_arch.checkpoints import default_model
+from cea_arch.checkpoints import MODEL_HELP, PACKAGED_WEIGHTS
 from cea_arch.errors import UserError
 from cea_arch.maps import RoutingMaps, draw_maps
 from cea_arch.pictures import SUFFIXES, Picture, as_rgb8, read_picture, write_picture
@@ -40,7 +40,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help='files, folders or patterns such as "scans/*.png"; clips (.mp4, .mov, .mkv, .webm) by their names',
     )
     command.add_argument('-o', '--output', default='restored', help='folder to write to (default: restored)')
-    command.add_argument('-m', '--model', help='file of weights, .pth or .safetensors')
+    command.add_argument('-m', '--model', default=PACKAGED_WEIGHTS, help=MODEL_HELP)
     command.add_argument('-r', '--recursive', action='store_true', help='also the folders below a folder')
     command.add_argument('--overwrite', action='store_true', help='replace files that exist')
     command.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1, mps (default: auto)')
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     done = 0
     with _warnings_as_lines(), tqdm(total=len(jobs), unit='picture', disable=None) as bar:
         restorer = Restorer(
-            args.model or default_model(),
+            args.model,
             args.device,
             args.precision,
             args.tile,

@@ -103,22 +103,56 @@ def test_other_mistakes_are_named(net, tmp_path):
         build_network({'type': 'CEANet', 'depth': 3})
 
 
-@pytest.mark.parametrize('damage', ['text', 'json'])
-def test_damaged_safetensors(tmp_path, damage):
+def test_safetensors_are_read_as_the_library_writes_them(tmp_path):
     safetensors = pytest.importorskip('safetensors.torch', reason='needs the extra: pip install -e ".[safetensors]"')
-    if damage == 'text':
-        (tmp_path / 'a.safetensors').write_bytes(b'text')
-    else:
-        safetensors.save_file({'a': torch.zeros(1)}, tmp_path / 'a.safetensors', metadata={'cea_arch': '{'})
-    with pytest.raises(UserError, match='is not a file of weights'):
+    kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
+    weights = {f'{kind}': torch.arange(6).view(2, 3).to(kind) for kind in kinds}
+    weights |= {'empty': torch.zeros(0, 2), 'number': torch.tensor(2.5)}
+    safetensors.save_file(weights, tmp_path / 'a.safetensors')
+    read = read_checkpoint(tmp_path / 'a.safetensors')['params']
+    assert read.keys() == weights.keys()
+    for name, value in weights.items():
+        assert torch.equal(read[name], value)
+        assert read[name].dtype == value.dtype
+
+
+def safetensors_file(header, numbers=b'', length=None):
+    return (len(header) if length is None else length).to_bytes(8, 'little') + header + numbers
+
+
+ONE = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        b'',
+        b'text',
+        safetensors_file(b'{'),
+        safetensors_file(b'[]'),
+        safetensors_file(ONE, b'123'),
+        safetensors_file(ONE, length=10**18),
+        safetensors_file(ONE.replace(b'[1]', b'[2]'), b'1234'),
+        safetensors_file(ONE.replace(b'F32', b'Z9'), b'1234'),
+        safetensors_file(ONE.replace(b'"a"', b'"__metadata__": {"cea_arch": "{"}, "a"'), b'1234'),
+    ],
+)
+def test_damaged_safetensors(tmp_path, content):
+    (tmp_path / 'a.safetensors').write_bytes(safetensors_file(ONE, b'1234'))
+    read_checkpoint(tmp_path / 'a.safetensors')
+    (tmp_path / 'a.safetensors').write_bytes(content)
+    with pytest.raises(UserError, match=r'a\.safetensors is not a file of weights: '):
         read_checkpoint(tmp_path / 'a.safetensors')
 
 
-def test_without_the_extra_safetensors_says_how_to_get_it(tmp_path, monkeypatch):
-    (tmp_path / 'a.safetensors').write_bytes(b'')
+def test_reading_safetensors_needs_no_extra_and_writing_names_it(net, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'safetensors', None)
+    monkeypatch.setitem(__import__('sys').modules, 'safetensors.torch', None)
+    (tmp_path / 'a.safetensors').write_bytes(safetensors_file(ONE, b'1234'))
+    read_checkpoint(tmp_path / 'a.safetensors')
     with pytest.raises(UserError, match=r'pip install -e "\.\[safetensors\]"'):
-        read_checkpoint(tmp_path / 'a.safetensors')
+        write_checkpoint({'params': net.state_dict()}, tmp_path / 'b.safetensors')
+    assert [p.name for p in tmp_path.iterdir()] == ['a.safetensors']
 
 
 @needs_basicsr

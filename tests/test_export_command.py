@@ -8,7 +8,7 @@ from torch import nn
 
 from cea_arch.archs.ceanet_arch import CEANet
 from cea_arch.archs.with_cea_arch import WithCEA
-from cea_arch.checkpoints import write_checkpoint
+from cea_arch.checkpoints import load_network, read_checkpoint, write_checkpoint
 from cea_arch.cli import main
 from cea_arch.errors import UserError
 from cea_arch.export import FORMATS, SIZES, TOLERANCE, TOLERANCE_HALF, export_network
@@ -100,8 +100,28 @@ def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_alone_in_half_precision(net, tmp_path, capsys):
+    pytest.importorskip('safetensors', reason='needs the extra: pip install -e ".[safetensors]"')
+    training = {name: value * 0 for name, value in net.state_dict().items()}
+    options = {'type': 'CEANet', **TINY}
+    content = {'params': training, 'params_ema': net.state_dict(), 'network_g': options, 'iter': 7}
+    write_checkpoint(content, tmp_path / 'a.pth')
+    path = tmp_path / 'a.safetensors'
+    words = ['export', str(path), '-m', str(tmp_path / 'a.pth'), '--fp16']
+    assert main(words) == 0
+    assert 'a.safetensors: RGB in [0, 1], float16; within' in capsys.readouterr().out
+    content = read_checkpoint(path)
+    assert content['iter'] == 7
+    assert content['network_g'] == options
+    assert {value.dtype for value in content['params'].values()} == {torch.float16}
+    x = torch.rand(1, 3, 20, 17)
+    torch.testing.assert_close(load_network(path)(x), net(x), rtol=0, atol=TOLERANCE_HALF)
+    assert main(words) == 2
+    assert 'a.safetensors exists; --overwrite replaces it.' in capsys.readouterr().err
+
+
 def test_mistakes_are_named(block, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r'expected a name that ends in \.onnx or \.pt2'):
+    with pytest.raises(UserError, match=r'expected a name that ends in \.onnx, \.pt2 or \.safetensors'):
         export_network(block, tmp_path / 'a.pth')
     monkeypatch.setitem(__import__('sys').modules, 'onnxscript', None)
     with pytest.raises(UserError, match=r'pip install -e "\.\[export\]"'):

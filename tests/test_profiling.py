@@ -22,7 +22,7 @@ from cea_arch.costs import (
 )
 from cea_arch.errors import UserError
 from cea_arch.layers import CEALayer, inject_cea
-from cea_arch.profiling import TWO_PRODUCTS, markdown, without_cea
+from cea_arch.profiling import TWO_PRODUCTS, markdown, network_of_code, without_cea
 
 CPU = torch.device('cpu')
 TINY = {'dim': 8, 'num_blocks': [1, 1, 1, 1], 'heads': [1, 1, 2, 4]}
@@ -162,6 +162,20 @@ def test_a_table_of_networks(tmp_path, capsys):
     assert figures['settings']['mode'] == 'inference'
 
 
+def test_a_network_of_other_code(tmp_path, capsys):
+    (tmp_path / 'net.py').write_text(
+        'from torch import nn\nclass Net(nn.Sequential):\n    def __init__(self, dim=4):\n'
+        '        super().__init__(nn.Conv2d(3, dim, 1), nn.Conv2d(dim, 3, 1))\n'
+    )
+    words = ['--code', f'{tmp_path}/net.py:Net', f'{tmp_path}/net.py:Net(dim=8)', '--pixels', '8', '--repeats', '1']
+    assert main(['profile', *words]) == 0
+    said = capsys.readouterr().out
+    assert '| Net | 8 | 31 |' in said
+    assert '| Net(dim=8) | 8 | 59 |' in said
+    with pytest.raises(UserError, match=r"Net\(rank=1\): expected .*'rank'"):
+        network_of_code(f'{tmp_path}/net.py:Net(rank=1)')
+
+
 def test_training_costs_thrice_the_products(tmp_path):
     output = tmp_path / 'costs.json'
     macs = []
@@ -200,7 +214,9 @@ def test_numbers_stand_right_and_shares_in_per_cent():
 @pytest.mark.parametrize(
     ('words', 'message'),
     [
-        ('', 'name networks, by -opt or --size, or use --layer.'),
+        ('', 'name networks, by -opt, --size or --code, or use --layer.'),
+        ('--code none.py:Net', "--code none.py:Net: expected 'FILE.py:Class(word=value)'; [Errno 2] No such file"),
+        ('--code Net', "--code Net: expected 'FILE.py:Class"),
         ('--size 256', "--size: CEANet comes in base, S, T, not '256'; image sizes go to --pixels."),
         ('--size T --repeats 0', '--repeats must be at least 1, got 0.'),
         ('--size T --pixels 64 0', '--pixels must be at least 1, got 0.'),
