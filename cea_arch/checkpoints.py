@@ -183,9 +183,8 @@ def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike) -> Non
             if Path(path).suffix == '.safetensors':
                 weights = {name: value.contiguous() for name, value in weights_of(content, path).items()}
                 rest = {key: value for key, value in content.items() if key not in WEIGHT_KEYS and key not in weights}
-                need('safetensors.torch', 'safetensors', SAFETENSORS).save_file(
-                    weights, aside, metadata={METADATA_KEY: json.dumps(rest)}
-                )
+                save = need('safetensors.torch', 'safetensors', SAFETENSORS).save
+                aside.write_bytes(save(weights, metadata={METADATA_KEY: json.dumps(rest)}))
             else:
                 torch.save(dict(content), aside)
     except (OSError, RuntimeError) as error:  # torch raises the latter where the disk is full

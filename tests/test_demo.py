@@ -61,7 +61,7 @@ def test_other_networks_and_mistakes(upload, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match=r'pip install -e "\.\[demo\]"'):
         demo.build_page(restorer, tmp_path)
     assert main(['demo']) == 2
-    assert 'cea demo: name a file of weights' in capsys.readouterr().err
+    assert 'pip install -e ".[demo]"' in capsys.readouterr().err
 
 
 def test_the_page_in_a_browser(small_net, upload, tmp_path):

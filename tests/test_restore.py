@@ -3,7 +3,6 @@
 import io
 import struct
 import zlib
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,7 +11,10 @@ import tifffile
 import torch
 from PIL import Image, ImageCms, ImageOps
 
+import cea_arch
+from cea_arch.checkpoints import PACKAGED_WEIGHTS, read_checkpoint
 from cea_arch.cli import main
+from cea_arch.data.degradations import gaussian_noise, quantize, synthesize
 from cea_arch.errors import UserError
 from cea_arch.pictures import Picture, read_picture, write_picture
 
@@ -265,8 +267,32 @@ def test_comparison_and_maps(small_net, model, tmp_path, words):
     assert sheet[:72, :108].std() > 1
 
 
-def test_without_a_model_the_command_says_how_to_get_one(capsys, tmp_path):
-    (tmp_path / 'a.png').write_bytes(encoded('PNG'))
-    assert main(['restore', str(tmp_path / 'a.png')]) == 2
-    assert 'options/cea_demo.yml` trains one in minutes' in capsys.readouterr().err
-    assert not Path('restored').exists()
+def psnr(img, clean):
+    return -10 * np.log10(np.mean((img / 255.0 - clean / 255.0) ** 2))
+
+
+@pytest.mark.parametrize(
+    ('degrade', 'gain'),
+    [
+        (lambda clean, rng: gaussian_noise(clean, 25, rng), 6),
+        (lambda clean, rng: synthesize(clean, ['rain'], rng), 2),
+        (lambda clean, rng: synthesize(clean, ['low_light', 'rain', 'noise'], rng), 3),
+    ],
+    ids=['noise', 'rain', 'mixed'],
+)
+def test_the_weights_of_the_package_restore_photographs(photograph, tmp_path, degrade, gain):
+    clean = photograph[:240, :320]
+    degraded = quantize(degrade(clean / 255, np.random.default_rng(0)))
+    Image.fromarray(degraded).save(tmp_path / 'a.png')
+    assert main(['restore', str(tmp_path / 'a.png'), '-o', str(tmp_path / 'out')]) == 0
+    restored = read_picture(tmp_path / 'out' / 'a.png').pixels
+    assert psnr(restored, clean) > psnr(degraded, clean) + gain
+    assert np.array_equal(restored, cea_arch.restore(degraded))
+
+
+def test_the_weights_of_the_package_are_small_and_have_a_card():
+    assert PACKAGED_WEIGHTS.stat().st_size < 4 * 2**20
+    content = read_checkpoint(PACKAGED_WEIGHTS)
+    assert content['network_g'] == {'type': 'CEANet', 'size': 'T'}
+    assert {value.dtype for value in content['params'].values()} == {torch.float16}
+    assert 'options/cea_photos.yml' in (PACKAGED_WEIGHTS.parent / 'README.md').read_text('utf-8')
