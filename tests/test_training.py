@@ -17,6 +17,7 @@ import yaml
 from conftest import ROOT
 
 from cea_arch.archs.ceanet_arch import CEANet
+from cea_arch.checkpoints import PACKAGED_WEIGHTS
 from cea_arch.cli import main
 from cea_arch.layers import CEABlock
 from cea_arch.models.report import Report, SetResult, panels
@@ -97,6 +98,17 @@ def test_ema_weights_are_saved_and_tested(workplace):
     tested = list(csv.DictReader((folder / 'there/results/run/results.csv').open()))
     assert tested == trained
     assert len(list((folder / 'there/results/run/visualization/s25').iterdir())) == 8
+
+
+def test_training_goes_on_from_the_weights_of_the_package(workplace):
+    folder, opt = workplace
+    opt['network_g'] = {'type': 'CEANet', 'size': 'T'}
+    opt['path'] = {'pretrain_network_g': str(PACKAGED_WEIGHTS)}
+    opt['train'] |= {'total_iter': 1, 'optim_g': {'type': 'AdamW', 'lr': 1e-6}}
+    assert train(folder, opt) == 0
+    assert f'starts with the weights of {PACKAGED_WEIGHTS}' in log_of(folder)
+    scores = json.loads((folder / 'experiments/run/results.json').read_text())['sets']['s25']['means']
+    assert scores['psnr'] > 26
 
 
 def test_resume_goes_on_from_the_newest_whole_checkpoint(workplace, caplog):

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cea_arch import distributed
 from cea_arch.archs.with_cea_arch import WithCEA
-from cea_arch.checkpoints import write_checkpoint
+from cea_arch.checkpoints import read_checkpoint, weights_of, write_checkpoint
 from cea_arch.data.replay import seed_all
 from cea_arch.metrics.protocols import PROTOCOLS
 from cea_arch.models.report import Report
@@ -171,6 +171,17 @@ class CEAModel(ValidatedModel):
         weights['network_g'] = self.opt['network_g']
         label = 'latest' if current_iter == -1 else current_iter
         write_checkpoint(weights, os.path.join(self.opt['path']['models'], f'{net_label}_{label}.pth'))
+
+    def load_network(
+        self, net: nn.Module, load_path: str, strict: bool = True, param_key: str | None = 'params'
+    ) -> None:
+        """As BaseModel's, from any file of weights, ``.safetensors`` too; those under ``param_key`` if it is there."""
+        content = read_checkpoint(load_path)
+        weights = weights_of({'params': content[param_key]} if param_key in content else content, load_path)
+        net = self.get_bare_model(net)
+        get_root_logger().info(f'{type(net).__name__} starts with the weights of {load_path}.')
+        self._print_different_keys_loading(net, weights, strict)
+        net.load_state_dict(weights, strict=strict)
 
     def _print_different_keys_loading(
         self, crt_net: nn.Module, load_net: dict[str, Tensor], strict: bool = True
