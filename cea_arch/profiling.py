@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import platform
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -38,6 +39,7 @@ from cea_arch.tiling import is_out_of_memory, keep_freed_memory
 
 WITHOUT = ' without CEA'
 SHARES = ('spread', 'more', 'share')  # words at the end of columns that are shown in per cent
+CODE = re.compile(r'(?:([^=:(]+)=)?(.+?\.py):(\w+)(?:\((.*)\))?')  # NAME= and the arguments may be left out
 CONVENTION = (
     'One multiply-accumulate (MAC) is one multiplication and one addition, in matrix products and convolutions; memory '
     'is the peak of tensors beyond weights and images; ms are medians of interleaved runs, spread is the distance of '
@@ -49,7 +51,7 @@ Row = dict[str, Any]
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare what :func:`run` reads."""
     command.add_argument('-opt', nargs='+', action='extend', default=[], help='option YAML files, for their network_g')
-    command.add_argument('--code', nargs='+', default=[], help="other networks, each 'FILE.py:Class(word=value)'")
+    command.add_argument('--code', nargs='+', default=[], help="others, each 'NAME=FILE.py:Class(word=value)'")
     command.add_argument('--size', nargs='+', default=[], help=f"CEANet's named sizes: {', '.join(SIZES)}")
     command.add_argument('--without-cea', action='store_true', help='each network also without its CEA layers')
     command.add_argument('--pixels', nargs='+', type=int, default=[256], help='heights of square images (256)')
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     if min(args.pixels) < 1:
         raise UserError(f'--pixels must be at least 1, got {min(args.pixels)}.')
     if args.layer and (args.opt or args.code or args.size or args.layers or args.without_cea):
-        raise UserError('--layer measures a CEA layer alone: leave out -opt, --code, --size, --layers, --without-cea.')
+        raise UserError('--layer measures a CEA layer alone: leave out what names and what parts networks.')
     device = choose_device(args.device)
     keep_freed_memory()  # as cea restore does
     nets = {} if args.layer else _networks(args)
@@ -260,7 +262,7 @@ def _networks(args: argparse.Namespace) -> dict[str, nn.Module]:
         raise UserError(f'-opt: {REMEDY} Without it there is --size.')
     for path in args.opt:
         nets[Path(path).stem] = importlib.import_module('cea_arch.options').read_network(path)
-    nets |= {code.rpartition(':')[2]: network_of_code(code) for code in args.code}
+    nets |= dict(map(network_of_code, args.code))
     if not nets:
         raise UserError('name networks, by -opt, --size or --code, or use --layer.')
     if args.without_cea:  # each beside its own, so that one is timed right after the other
@@ -269,22 +271,17 @@ def _networks(args: argparse.Namespace) -> dict[str, nn.Module]:
     return {name: net.train(args.train) for name, net in nets.items()}
 
 
-def network_of_code(code: str) -> nn.Module:
-    """A network from a Python file, which is run: ``FILE.py:Class`` or ``FILE.py:Class(word=value)``, plain values.
-
-    Raises:
-        UserError: No such file or class, or the file or the class raises an exception.
-    """
-    file, _, call = code.rpartition(':')
+def network_of_code(code: str) -> tuple[str, nn.Module]:
+    """A name and a network from a Python file, which is run; UserError if that fails or ``code`` is not as ``CODE``."""
     try:
-        tree = ast.parse(call if '(' in call else f'{call}()', mode='eval').body
-        words = {word.arg: ast.literal_eval(word.value) for word in tree.keywords}
+        name, file, kind, words = CODE.fullmatch(code).groups()
+        given = ast.parse(f'f({words or ""})', mode='eval').body.keywords
         spec = importlib.util.spec_from_file_location(Path(file).stem, file)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return getattr(module, tree.func.id)(**words)
+        return name or kind, getattr(module, kind)(**{word.arg: ast.literal_eval(word.value) for word in given})
     except Exception as error:  # whatever the file does
-        raise UserError(f"--code {code}: expected 'FILE.py:Class(word=value)'; {error}") from error
+        raise UserError(f"--code {code}: expected 'NAME=FILE.py:Class(word=value)'; {error}") from error
 
 
 def _call(net: nn.Module, side: int, args: argparse.Namespace, device: torch.device) -> Call:

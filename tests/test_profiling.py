@@ -167,11 +167,19 @@ def test_a_network_of_other_code(tmp_path, capsys):
         'from torch import nn\nclass Net(nn.Sequential):\n    def __init__(self, dim=4):\n'
         '        super().__init__(nn.Conv2d(3, dim, 1), nn.Conv2d(dim, 3, 1))\n'
     )
-    words = ['--code', f'{tmp_path}/net.py:Net', f'{tmp_path}/net.py:Net(dim=8)', '--pixels', '8', '--repeats', '1']
+    words = [
+        '--code',
+        f'{tmp_path}/net.py:Net',
+        f'wider={tmp_path}/net.py:Net(dim=8)',
+        '--pixels',
+        '8',
+        '--repeats',
+        '1',
+    ]
     assert main(['profile', *words]) == 0
     said = capsys.readouterr().out
     assert '| Net | 8 | 31 |' in said
-    assert '| Net(dim=8) | 8 | 59 |' in said
+    assert '| wider | 8 | 59 |' in said
     with pytest.raises(UserError, match=r"Net\(rank=1\): expected .*'rank'"):
         network_of_code(f'{tmp_path}/net.py:Net(rank=1)')
 
@@ -215,8 +223,8 @@ def test_numbers_stand_right_and_shares_in_per_cent():
     ('words', 'message'),
     [
         ('', 'name networks, by -opt, --size or --code, or use --layer.'),
-        ('--code none.py:Net', "--code none.py:Net: expected 'FILE.py:Class(word=value)'; [Errno 2] No such file"),
-        ('--code Net', "--code Net: expected 'FILE.py:Class"),
+        ('--code none.py:Net', "--code none.py:Net: expected 'NAME=FILE.py:Class(word=value)'; [Errno 2] No such file"),
+        ('--code Net', "--code Net: expected 'NAME=FILE.py:Class"),
         ('--size 256', "--size: CEANet comes in base, S, T, not '256'; image sizes go to --pixels."),
         ('--size T --repeats 0', '--repeats must be at least 1, got 0.'),
         ('--size T --pixels 64 0', '--pixels must be at least 1, got 0.'),
