@@ -36,7 +36,7 @@ def prepared(path, lmdb, is_train):
     if opt['network_g'].get('pretrained_base'):
         opt['network_g']['pretrained_base'] = str(lmdb.parent / 'base.pth')
         torch.save(build_network(opt['network_g']['base']).state_dict(), lmdb.parent / 'base.pth')
-    if not is_train:
+    if opt['path'].get('pretrain_network_g'):
         opt['path']['pretrain_network_g'] = __file__
     return opt
 
