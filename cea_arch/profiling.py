@@ -274,7 +274,9 @@ def _networks(args: argparse.Namespace) -> dict[str, nn.Module]:
 def network_of_code(code: str) -> tuple[str, nn.Module]:
     """A name and a network from a Python file, which is run; UserError if that fails or ``code`` is not as ``CODE``."""
     try:
-        name, file, kind, words = CODE.fullmatch(code).groups()
+        if not (found := CODE.fullmatch(code)):
+            raise ValueError('it is not of that form.')
+        name, file, kind, words = found.groups()
         given = ast.parse(f'f({words or ""})', mode='eval').body.keywords
         spec = importlib.util.spec_from_file_location(Path(file).stem, file)
         module = importlib.util.module_from_spec(spec)

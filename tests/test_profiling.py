@@ -224,7 +224,7 @@ def test_numbers_stand_right_and_shares_in_per_cent():
     [
         ('', 'name networks, by -opt, --size or --code, or use --layer.'),
         ('--code none.py:Net', "--code none.py:Net: expected 'NAME=FILE.py:Class(word=value)'; [Errno 2] No such file"),
-        ('--code Net', "--code Net: expected 'NAME=FILE.py:Class"),
+        ('--code Net', "--code Net: expected 'NAME=FILE.py:Class(word=value)'; it is not of that form."),
         ('--size 256', "--size: CEANet comes in base, S, T, not '256'; image sizes go to --pixels."),
         ('--size T --repeats 0', '--repeats must be at least 1, got 0.'),
         ('--size T --pixels 64 0', '--pixels must be at least 1, got 0.'),
