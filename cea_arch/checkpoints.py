@@ -182,7 +182,7 @@ def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike) -> Non
         with written_beside(path) as aside:
             if Path(path).suffix == '.safetensors':
                 weights = {name: value.contiguous() for name, value in weights_of(content, path).items()}
-                rest = {key: value for key, value in content.items() if key not in WEIGHT_KEYS and key not in weights}
+                rest = {k: v for k, v in content.items() if k not in WEIGHT_KEYS and not isinstance(v, Tensor)}
                 save = need('safetensors.torch', 'safetensors', SAFETENSORS).save
                 aside.write_bytes(save(weights, metadata={METADATA_KEY: json.dumps(rest)}))
             else:

@@ -18,11 +18,9 @@ from torch.export import Dim
 from cea_arch.checkpoints import (
     MODEL_HELP,
     PACKAGED_WEIGHTS,
-    WEIGHT_KEYS,
     load_network,
     network_options,
     read_checkpoint,
-    weights_of,
     write_checkpoint,
 )
 from cea_arch.errors import UserError, need
@@ -113,12 +111,11 @@ def export_weights(
         UserError: A file that exists, or the extra ``safetensors`` is absent.
     """
     _refuse_to_replace(Path(path), overwrite)
-    content = read_checkpoint(model)
-    weights, net = weights_of(content, model), load_network(model)
-    if half:
-        weights = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
-    rest = {key: value for key, value in content.items() if key not in WEIGHT_KEYS and key not in weights}
-    write_checkpoint({'params': weights, **rest, 'network_g': network_options(content, model)}, path)
+    content, net = read_checkpoint(model), load_network(model)
+    options = network_options(content, model)
+    content.pop('params_ema', None)
+    weights = copy.deepcopy(net).to(torch.float16 if half else torch.float32).state_dict()
+    write_checkpoint(content | {'params': weights, 'network_g': options}, path)
     sizes = [(64, 64), (97, 130)]
     return _largest_difference(net, load_network(path), sizes), sizes
 

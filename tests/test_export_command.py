@@ -116,6 +116,9 @@ def test_weights_alone_in_half_precision(net, tmp_path, capsys):
     assert {value.dtype for value in content['params'].values()} == {torch.float16}
     x = torch.rand(1, 3, 20, 17)
     torch.testing.assert_close(load_network(path)(x), net(x), rtol=0, atol=TOLERANCE_HALF)
+    torch.save({f'module.{name}': value for name, value in CEANet(size='T').state_dict().items()}, tmp_path / 'b.pth')
+    assert main(['export', str(tmp_path / 'b.safetensors'), '-m', str(tmp_path / 'b.pth')]) == 0
+    assert 'b.safetensors: RGB in [0, 1], float32; within 0.0e+00' in capsys.readouterr().out
     assert main(words) == 2
     assert 'a.safetensors exists; --overwrite replaces it.' in capsys.readouterr().err
 
