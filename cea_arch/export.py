@@ -24,7 +24,7 @@ from cea_arch.checkpoints import (
     write_checkpoint,
 )
 from cea_arch.errors import UserError, need
-from cea_arch.files import written_beside
+from cea_arch.files import refuse_to_replace, written_beside
 from cea_arch.fitting import find_fit
 
 WEIGHTS_ALONE = '.safetensors'
@@ -77,7 +77,7 @@ def export_network(
     path = Path(path)
     if path.suffix not in FORMATS:
         raise UserError(f'{path}: expected a name that ends in {", ".join(FORMATS)} or {WEIGHTS_ALONE}.')
-    _refuse_to_replace(path, overwrite)
+    refuse_to_replace(path, overwrite)
     write, read = FORMATS[path.suffix]
     dtype, tolerance = (torch.float16, TOLERANCE_HALF) if half else (torch.float32, TOLERANCE)
     multiple = find_fit(net.eval().cpu(), torch.device('cpu')).multiple
@@ -110,7 +110,7 @@ def export_weights(
     Raises:
         UserError: A file that exists, or the extra ``safetensors`` is absent.
     """
-    _refuse_to_replace(Path(path), overwrite)
+    refuse_to_replace(Path(path), overwrite)
     content, net = read_checkpoint(model), load_network(model)
     options = network_options(content, model)
     content.pop('params_ema', None)
@@ -118,11 +118,6 @@ def export_weights(
     write_checkpoint(content | {'params': weights, 'network_g': options}, path)
     sizes = [(64, 64), (97, 130)]
     return _largest_difference(net, load_network(path), sizes), sizes
-
-
-def _refuse_to_replace(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise UserError(f'{path} exists; --overwrite replaces it.')
 
 
 def _traced(net: nn.Module, image: Tensor, multiple: int) -> torch.export.ExportedProgram:

@@ -27,6 +27,12 @@ def written_beside(path: str | os.PathLike) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def refuse_to_replace(path: Path, overwrite: bool) -> None:
+    """Raise UserError if ``path`` exists, unless ``overwrite``."""
+    if path.exists() and not overwrite:
+        raise UserError(f'{path} exists; --overwrite replaces it.')
+
+
 def remove_leftovers(folder: str | os.PathLike) -> None:
     """Remove what processes that were killed while they wrote have left in ``folder``; none may write there now."""
     for path in Path(folder).rglob('*.tmp'):

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from cea_arch.errors import UserError
-from cea_arch.files import written_beside
+from cea_arch.files import refuse_to_replace, written_beside
 
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'TIFF', 'BMP')
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.tif', '.tiff', '.bmp')
@@ -78,8 +78,7 @@ def write_picture(path: Path, picture: Picture, overwrite: bool = False) -> None
         UserError: The file exists and ``overwrite`` is not set.
         OSError: It cannot be written.
     """
-    if path.exists() and not overwrite:
-        raise UserError(f'{path} exists; --overwrite replaces it.')
+    refuse_to_replace(path, overwrite)
     data = _encode(picture)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_beside(path) as aside:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from cea_arch.checkpoints import MODEL_HELP, PACKAGED_WEIGHTS
 from cea_arch.errors import UserError
+from cea_arch.files import refuse_to_replace
 from cea_arch.maps import RoutingMaps, draw_maps
 from cea_arch.pictures import SUFFIXES, Picture, as_rgb8, read_picture, write_picture
 from cea_arch.restore import Restorer, enlarged, restore
@@ -139,8 +140,7 @@ def restore_file(job: Job, restorer: Restorer, overwrite: bool, compare: bool) -
     extras = [job.target.with_name(f'{job.target.stem}_{word}.png') for word in ('compare', 'maps')]
     wanted = [job.target] + extras[:1] * compare + extras[1:] * bool(restorer.maps)
     for target in wanted:
-        if target.exists() and not overwrite:
-            raise UserError(f'{target} exists; --overwrite replaces it.')
+        refuse_to_replace(target, overwrite)
     picture = read_picture(job.source)
     restored = restore(picture.pixels, restorer)
     write_picture(job.target, replace(picture, pixels=restored), overwrite)
@@ -154,8 +154,7 @@ def restore_file(job: Job, restorer: Restorer, overwrite: bool, compare: bool) -
 def _restore_clip(job: Job, restorer: Restorer, overwrite: bool, compare: bool, bar: tqdm) -> None:
     if compare or restorer.maps:
         raise UserError(f'{job.source}: --compare and --maps are for pictures, not for clips.')
-    if job.target.exists() and not overwrite:
-        raise UserError(f'{job.target} exists; --overwrite replaces it.')
+    refuse_to_replace(job.target, overwrite)
     restore_clip(
         job.source, job.target, restorer, lambda done, total: bar.set_postfix_str(f'frame {done} of {total or "?"}')
     )
