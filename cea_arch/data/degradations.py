@@ -121,18 +121,25 @@ def line_kernel(length: float, angle: float) -> Array:
 
 
 def rain_streaks(shape: Sequence[int], rng: Generator) -> Array:
-    """Streaks in [0, 1]: sparse drops drawn out along one direction, in two layers of different length.
+    """Streaks in [0, 1]: drops drawn out along one direction, fading to their ends, most of them faint.
 
-    From a drizzle to a downpour: their density is log-uniform over a factor of ten (our choice).
+    There are three layers, the nearer ones longer, wider and fewer. From a drizzle to a downpour, from crisp to soft:
+    how much of the picture a layer covers is log-uniform over a factor of ten (our choice; Rain100L lies within).
     """
     angle = rng.uniform(-35, 35)
-    density = 0.006 * 10 ** -rng.random()
+    cover = 0.2 * 10 ** -rng.random()
+    stretch, softness = 2 ** rng.random(), rng.random()
     streaks = np.zeros(shape[:2])
-    for length in (rng.uniform(9, 17), rng.uniform(17, 31)):
-        drops = rng.random(shape[:2]) * (rng.random(shape[:2]) < density)
-        kernel = line_kernel(length, angle + rng.uniform(-3, 3))
+    for length, width in ((rng.uniform(9, 17), 0.3), (rng.uniform(17, 31), 0.6), (rng.uniform(31, 57), 0.9)):
+        half = line_kernel(stretch * length / 2, angle + rng.uniform(-3, 3))
+        pad = half.shape[0] // 2 + 3  # room for the other half and for the width
+        kernel = cv2.copyMakeBorder(half, pad, pad, pad, pad, cv2.BORDER_CONSTANT)
+        kernel = cv2.GaussianBlur(cv2.filter2D(kernel, -1, half), (7, 7), width * max(softness, 0.1))
+        drops = rng.random(shape[:2]) ** 2 * (
+            rng.random(shape[:2]) < cover / (stretch * length * (1 + 2 * width * softness))
+        )
         streaks += cv2.filter2D(drops, -1, kernel / kernel.max(), borderType=cv2.BORDER_REFLECT_101)
-    return np.clip(streaks * rng.uniform(0.6, 1.0), 0, 1)
+    return np.clip(streaks * rng.uniform(0.3, 1.0), 0, 1)
 
 
 def snow_flakes(shape: Sequence[int], rng: Generator) -> Array:
