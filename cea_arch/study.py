@@ -1,4 +1,8 @@
-"""``cea study``: does CEA earn its place? The same training with CEANet's contrasts, for several seeds."""
+"""``cea study``: does CEA earn its place? The same training with CEANet's contrasts, for several seeds.
+
+With ``path.pretrain_network_g``, weights of CEANet without CEA layers, all of them start as that network: a fresh CEA
+layer is the identity, and what a wider feed-forward has more adds nothing at first.
+"""
 
 import argparse
 import json
@@ -10,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cea_arch.archs.ceanet_arch import SIZES, CEANet
+from cea_arch.checkpoints import check_fit, read_checkpoint, weights_of, write_checkpoint
 from cea_arch.errors import UserError, suggest
 from cea_arch.files import written_beside
 from cea_arch.options import read_options, write_options
@@ -44,10 +50,15 @@ def run(args: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     networks = matched(opt['network_g'], variants)
     runs = {(name, seed): f'{opt["name"]}_{name}_s{seed}' for seed in args.seeds for name in variants}
+    pretrained = opt['path'].get('pretrain_network_g')
 
     def train(variant: str, seed: int) -> bool:
         name = runs[variant, seed]
         changed = {'name': name, 'manual_seed': seed, 'network_g': networks[variant]}
+        if pretrained:
+            start = folder / f'{name}_start.pth'
+            write_checkpoint({'params': started(networks[variant], pretrained, seed)}, start)
+            changed['path'] = opt['path'] | {'pretrain_network_g': str(start), 'param_key_g': 'params'}
         file = folder / f'{name}.yml'
         write_options(opt | changed, file, f'cea study -opt {args.opt}: {variant}, seed {seed}')
         return _train(file, name, args.root, opt['train']['total_iter'])
@@ -86,6 +97,37 @@ def matched(network: dict[str, Any], variants: list[str]) -> dict[str, dict[str,
         if abs(_parameters(options[name]) - wanted) > MOST_DIFFERENCE * wanted:
             raise UserError(f'variant {name}: no width gives about the {wanted:,} parameters that CEA has.')
     return options
+
+
+def started(network: dict[str, Any], pretrained: str, seed: int) -> dict[str, Tensor]:
+    """Weights with which a variant computes what the CEANet without CEA layers in the file ``pretrained`` does.
+
+    Raises:
+        UserError: The file has CEA layers, or does not fit.
+    """
+    found = weights_of(read_checkpoint(pretrained), pretrained)
+    torch.manual_seed(seed)
+    state = _network(network).state_dict()
+    shared = {name: value for name, value in state.items() if '.cea.' not in name}
+    for name in shared.keys() & found.keys():
+        if shared[name].shape != found[name].shape and '.ffn.' in name:
+            found[name] = _widened(found[name], shared[name])
+    check_fit(shared, found, f'{pretrained} does not fit CEANet without CEA layers')
+    return state | found
+
+
+def _widened(old: Tensor, fresh: Tensor) -> Tensor:
+    """A weight of the gated feed-forward with more hidden channels: the first as before, the last without effect."""
+    if len(old) == len(fresh):  # project_out, (C, hidden, 1, 1)
+        wide = torch.zeros_like(fresh)
+        wide[:, : old.shape[1]] = old
+        return wide
+    wide, old = (
+        fresh.unflatten(0, (2, -1)).clone(),
+        old.unflatten(0, (2, -1)),
+    )  # its gate and its value, each (hidden, ...)
+    wide[:, : old.shape[1]] = old
+    return wide.flatten(0, 1)
 
 
 def table(results: dict[tuple[str, int], Scores], counts: dict[str, int]) -> str:
@@ -128,10 +170,13 @@ def _scores(root: str, name: str) -> Scores:
     return scores
 
 
+def _network(options: dict[str, Any]) -> CEANet:
+    return CEANet(**{key: value for key, value in options.items() if key != 'type'})
+
+
 def _parameters(network: dict[str, Any]) -> int:
-    arguments = {key: value for key, value in network.items() if key != 'type'}
     with torch.device('meta'):  # counted, not made
-        return sum(p.numel() for p in CEANet(**arguments).parameters())
+        return sum(p.numel() for p in _network(network).parameters())
 
 
 def _spread(values: list[float], sign: str = '') -> str:

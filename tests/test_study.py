@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 import yaml
+from torch import nn
 
 from cea_arch import study
 from cea_arch.archs.ceanet_arch import CEANet
@@ -28,6 +30,29 @@ def test_variants_have_about_the_same_number_of_parameters(size):
     assert max(counts.values()) <= 1.02 * min(counts.values())
 
 
+@pytest.mark.parametrize('variant', study.VARIANTS)
+def test_variants_start_as_the_network_without_cea_layers(tmp_path, variant):
+    torch.manual_seed(0)
+    bare = CEANet(size='T', cea_stages=[])
+    for weight in bare.parameters():  # away from the identity that a fresh network is
+        nn.init.normal_(weight, weight.mean().item(), 0.1)
+    torch.save({'params': bare.state_dict()}, tmp_path / 'bare.pth')
+    options = study.matched({'type': 'CEANet', 'size': 'T'}, [variant])[variant]
+    net = CEANet(**{key: value for key, value in options.items() if key != 'type'})
+    net.load_state_dict(study.started(options, tmp_path / 'bare.pth', seed=1))
+    x = torch.rand(1, 3, 40, 24)
+    assert (bare(x) - x).abs().mean() > 0.01
+    torch.testing.assert_close(net(x), bare(x))
+    net(x).square().sum().backward()
+    assert net.refinement[0].ffn.project_out.weight.grad[:, -1].abs().sum() > 0  # what is new learns
+
+
+def test_a_start_with_cea_layers_is_refused(tmp_path):
+    torch.save(CEANet(size='T').state_dict(), tmp_path / 'net.pth')
+    with pytest.raises(UserError, match='does not fit CEANet without CEA layers'):
+        study.started({'type': 'CEANet', 'size': 'T'}, tmp_path / 'net.pth', seed=0)
+
+
 def test_widths_that_cannot_be_matched(monkeypatch):
     monkeypatch.setattr(study, 'MOST_DIFFERENCE', 1e-6)
     with pytest.raises(UserError, match='variant none: no width gives about the 796,483 parameters that CEA has'):
@@ -40,6 +65,9 @@ def test_a_study_trains_each_variant_once(workplace, capsys, monkeypatch):
     opt['train']['total_iter'] = 1
     opt['val'] |= {'save_img': False}
     opt['datasets']['val_1']['group'] = opt['datasets']['val_2']['group'] = 'noise'
+    bare = {key: value for key, value in opt['network_g'].items() if key != 'type'} | {'cea_stages': []}
+    torch.save({'params': CEANet(**bare).state_dict()}, folder / 'bare.pth')
+    opt['path'] = {'pretrain_network_g': 'bare.pth'}
     words = ['--variants', 'none', 'cea', '--seeds', '3', '--jobs', '2']
     assert command(folder, opt, *words) == 0
     assert capsys.readouterr().err.count('training') == 2
