@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cea_arch.archs.ceanet_arch import SIZES, CEANet
 from cea_arch.checkpoints import check_fit, read_checkpoint, weights_of, write_checkpoint
@@ -51,14 +51,16 @@ def run(args: argparse.Namespace) -> int:
     networks = matched(opt['network_g'], variants)
     runs = {(name, seed): f'{opt["name"]}_{name}_s{seed}' for seed in args.seeds for name in variants}
     pretrained = opt['path'].get('pretrain_network_g')
+    starts = {}
+    for (variant, seed), name in runs.items() if pretrained else ():
+        starts[variant, seed] = folder / f'{name}_start.pth'
+        write_checkpoint({'params': started(networks[variant], pretrained, seed)}, starts[variant, seed])
 
     def train(variant: str, seed: int) -> bool:
         name = runs[variant, seed]
         changed = {'name': name, 'manual_seed': seed, 'network_g': networks[variant]}
         if pretrained:
-            start = folder / f'{name}_start.pth'
-            write_checkpoint({'params': started(networks[variant], pretrained, seed)}, start)
-            changed['path'] = opt['path'] | {'pretrain_network_g': str(start), 'param_key_g': 'params'}
+            changed['path'] = opt['path'] | {'pretrain_network_g': str(starts[variant, seed]), 'param_key_g': 'params'}
         file = folder / f'{name}.yml'
         write_options(opt | changed, file, f'cea study -opt {args.opt}: {variant}, seed {seed}')
         return _train(file, name, args.root, opt['train']['total_iter'])
@@ -110,24 +112,25 @@ def started(network: dict[str, Any], pretrained: str, seed: int) -> dict[str, Te
     state = _network(network).state_dict()
     shared = {name: value for name, value in state.items() if '.cea.' not in name}
     for name in shared.keys() & found.keys():
-        if shared[name].shape != found[name].shape and '.ffn.' in name:
+        if '.ffn.' in name:
             found[name] = _widened(found[name], shared[name])
     check_fit(shared, found, f'{pretrained} does not fit CEANet without CEA layers')
     return state | found
 
 
 def _widened(old: Tensor, fresh: Tensor) -> Tensor:
-    """A weight of the gated feed-forward with more hidden channels: the first as before, the last without effect."""
-    if len(old) == len(fresh):  # project_out, (C, hidden, 1, 1)
-        wide = torch.zeros_like(fresh)
+    """A weight of the gated feed-forward with more hidden channels: the first as before, the last without effect.
+
+    What is not narrower, or differs otherwise, comes back as it is.
+    """
+    more = [wide - narrow for wide, narrow in zip(fresh.shape, old.shape)]
+    if more[0] == 0 < more[1]:  # project_out, (C, hidden, 1, 1)
+        return nn.functional.pad(old, (0, 0, 0, 0, 0, more[1]))
+    if more[0] > 0 == more[1]:  # gate and value, each (hidden, ...)
+        wide, old = fresh.unflatten(0, (2, -1)).clone(), old.unflatten(0, (2, -1))
         wide[:, : old.shape[1]] = old
-        return wide
-    wide, old = (
-        fresh.unflatten(0, (2, -1)).clone(),
-        old.unflatten(0, (2, -1)),
-    )  # its gate and its value, each (hidden, ...)
-    wide[:, : old.shape[1]] = old
-    return wide.flatten(0, 1)
+        return wide.flatten(0, 1)
+    return old
 
 
 def table(results: dict[tuple[str, int], Scores], counts: dict[str, int]) -> str:

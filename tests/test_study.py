@@ -47,9 +47,17 @@ def test_variants_start_as_the_network_without_cea_layers(tmp_path, variant):
     assert net.refinement[0].ffn.project_out.weight.grad[:, -1].abs().sum() > 0  # what is new learns
 
 
-def test_a_start_with_cea_layers_is_refused(tmp_path):
-    torch.save(CEANet(size='T').state_dict(), tmp_path / 'net.pth')
-    with pytest.raises(UserError, match='does not fit CEANet without CEA layers'):
+@pytest.mark.parametrize(
+    ('other', 'complaint'),
+    [
+        ({}, r'unexpected \(latent\.0\.cea'),
+        ({'cea_stages': [], 'ffn_expansion_factor': 4.0}, 'of another shape'),
+        ({'cea_stages': [], 'size': 'S'}, 'of another shape'),
+    ],
+)
+def test_a_start_of_another_network_is_refused(tmp_path, other, complaint):
+    torch.save(CEANet(**{'size': 'T'} | other).state_dict(), tmp_path / 'net.pth')
+    with pytest.raises(UserError, match=f'does not fit CEANet without CEA layers: .* {complaint}'):
         study.started({'type': 'CEANet', 'size': 'T'}, tmp_path / 'net.pth', seed=0)
 
 
