@@ -139,7 +139,11 @@ def load_network(path: str | os.PathLike) -> nn.Module:
     Raises:
         UserError: No such file, not a file of weights, an unknown network, or weights that do not fit it.
     """
-    content = read_checkpoint(path)
+    return network_in(read_checkpoint(path), path)
+
+
+def network_in(content: Mapping[str, Any], path: str | os.PathLike) -> nn.Module:
+    """As :func:`load_network`, from the content of the file."""
     weights = weights_of(content, path)
     if holds_layers_alone(weights):
         raise UserError(f'{path} holds CEA layers alone; `cea merge base.pth {path} whole.pth` makes a whole file.')

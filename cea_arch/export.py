@@ -19,6 +19,7 @@ from cea_arch.checkpoints import (
     MODEL_HELP,
     PACKAGED_WEIGHTS,
     load_network,
+    network_in,
     network_options,
     read_checkpoint,
     write_checkpoint,
@@ -111,8 +112,8 @@ def export_weights(
         UserError: A file that exists, or the extra ``safetensors`` is absent.
     """
     refuse_to_replace(Path(path), overwrite)
-    content, net = read_checkpoint(model), load_network(model)
-    options = network_options(content, model)
+    content = read_checkpoint(model)
+    net, options = network_in(content, model), network_options(content, model)
     content.pop('params_ema', None)
     weights = copy.deepcopy(net).to(torch.float16 if half else torch.float32).state_dict()
     write_checkpoint(content | {'params': weights, 'network_g': options}, path)

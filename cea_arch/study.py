@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cea_arch.archs.ceanet_arch import SIZES, CEANet
-from cea_arch.checkpoints import check_fit, read_checkpoint, weights_of, write_checkpoint
+from cea_arch.archs.ceanet_arch import SIZES
+from cea_arch.checkpoints import build_network, check_fit, read_checkpoint, weights_of, write_checkpoint
 from cea_arch.errors import UserError, suggest
 from cea_arch.files import written_beside
 from cea_arch.options import read_options, write_options
@@ -50,17 +50,18 @@ def run(args: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     networks = matched(opt['network_g'], variants)
     runs = {(name, seed): f'{opt["name"]}_{name}_s{seed}' for seed in args.seeds for name in variants}
-    pretrained = opt['path'].get('pretrain_network_g')
-    starts = {}
-    for (variant, seed), name in runs.items() if pretrained else ():
-        starts[variant, seed] = folder / f'{name}_start.pth'
-        write_checkpoint({'params': started(networks[variant], pretrained, seed)}, starts[variant, seed])
+    if pretrained := opt['path'].get('pretrain_network_g'):
+        weights = weights_of(read_checkpoint(pretrained), pretrained)
+        for (variant, seed), name in runs.items():
+            start = started(networks[variant], weights, pretrained, seed)
+            write_checkpoint({'params': start}, folder / f'{name}_start.pth')
 
     def train(variant: str, seed: int) -> bool:
         name = runs[variant, seed]
         changed = {'name': name, 'manual_seed': seed, 'network_g': networks[variant]}
         if pretrained:
-            changed['path'] = opt['path'] | {'pretrain_network_g': str(starts[variant, seed]), 'param_key_g': 'params'}
+            start = str(folder / f'{name}_start.pth')
+            changed['path'] = opt['path'] | {'pretrain_network_g': start, 'param_key_g': 'params'}
         file = folder / f'{name}.yml'
         write_options(opt | changed, file, f'cea study -opt {args.opt}: {variant}, seed {seed}')
         return _train(file, name, args.root, opt['train']['total_iter'])
@@ -101,20 +102,20 @@ def matched(network: dict[str, Any], variants: list[str]) -> dict[str, dict[str,
     return options
 
 
-def started(network: dict[str, Any], pretrained: str, seed: int) -> dict[str, Tensor]:
-    """Weights with which a variant computes what the CEANet without CEA layers in the file ``pretrained`` does.
+def started(network: dict[str, Any], weights: dict[str, Tensor], path: str, seed: int) -> dict[str, Tensor]:
+    """Weights with which a variant computes what a CEANet without CEA layers does with its ``weights``, from ``path``.
 
     Raises:
-        UserError: The file has CEA layers, or does not fit.
+        UserError: The weights have CEA layers, or do not fit.
     """
-    found = weights_of(read_checkpoint(pretrained), pretrained)
     torch.manual_seed(seed)
-    state = _network(network).state_dict()
+    state = build_network(network).state_dict()
     shared = {name: value for name, value in state.items() if '.cea.' not in name}
-    for name in shared.keys() & found.keys():
-        if '.ffn.' in name:
-            found[name] = _widened(found[name], shared[name])
-    check_fit(shared, found, f'{pretrained} does not fit CEANet without CEA layers')
+    found = {
+        name: _widened(value, shared[name]) if '.ffn.' in name and name in shared else value
+        for name, value in weights.items()
+    }
+    check_fit(shared, found, f'{path} does not fit CEANet without CEA layers')
     return state | found
 
 
@@ -173,13 +174,9 @@ def _scores(root: str, name: str) -> Scores:
     return scores
 
 
-def _network(options: dict[str, Any]) -> CEANet:
-    return CEANet(**{key: value for key, value in options.items() if key != 'type'})
-
-
 def _parameters(network: dict[str, Any]) -> int:
     with torch.device('meta'):  # counted, not made
-        return sum(p.numel() for p in _network(network).parameters())
+        return sum(p.numel() for p in build_network(network).parameters())
 
 
 def _spread(values: list[float], sign: str = '') -> str:

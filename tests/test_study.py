@@ -31,15 +31,14 @@ def test_variants_have_about_the_same_number_of_parameters(size):
 
 
 @pytest.mark.parametrize('variant', study.VARIANTS)
-def test_variants_start_as_the_network_without_cea_layers(tmp_path, variant):
+def test_variants_start_as_the_network_without_cea_layers(variant):
     torch.manual_seed(0)
     bare = CEANet(size='T', cea_stages=[])
     for weight in bare.parameters():  # away from the identity that a fresh network is
         nn.init.normal_(weight, weight.mean().item(), 0.1)
-    torch.save({'params': bare.state_dict()}, tmp_path / 'bare.pth')
     options = study.matched({'type': 'CEANet', 'size': 'T'}, [variant])[variant]
     net = CEANet(**{key: value for key, value in options.items() if key != 'type'})
-    net.load_state_dict(study.started(options, tmp_path / 'bare.pth', seed=1))
+    net.load_state_dict(study.started(options, bare.state_dict(), 'bare.pth', seed=1))
     x = torch.rand(1, 3, 40, 24)
     assert (bare(x) - x).abs().mean() > 0.01
     torch.testing.assert_close(net(x), bare(x))
@@ -55,10 +54,10 @@ def test_variants_start_as_the_network_without_cea_layers(tmp_path, variant):
         ({'cea_stages': [], 'size': 'S'}, 'of another shape'),
     ],
 )
-def test_a_start_of_another_network_is_refused(tmp_path, other, complaint):
-    torch.save(CEANet(**{'size': 'T'} | other).state_dict(), tmp_path / 'net.pth')
+def test_a_start_of_another_network_is_refused(other, complaint):
+    weights = CEANet(**{'size': 'T'} | other).state_dict()
     with pytest.raises(UserError, match=f'does not fit CEANet without CEA layers: .* {complaint}'):
-        study.started({'type': 'CEANet', 'size': 'T'}, tmp_path / 'net.pth', seed=0)
+        study.started({'type': 'CEANet', 'size': 'T'}, weights, 'net.pth', seed=0)
 
 
 def test_widths_that_cannot_be_matched(monkeypatch):

@@ -135,9 +135,8 @@ def rain_streaks(shape: Sequence[int], rng: Generator) -> Array:
         pad = half.shape[0] // 2 + 3  # room for the other half and for the width
         kernel = cv2.copyMakeBorder(half, pad, pad, pad, pad, cv2.BORDER_CONSTANT)
         kernel = cv2.GaussianBlur(cv2.filter2D(kernel, -1, half), (7, 7), width * max(softness, 0.1))
-        drops = rng.random(shape[:2]) ** 2 * (
-            rng.random(shape[:2]) < cover / (stretch * length * (1 + 2 * width * softness))
-        )
+        density = cover / (stretch * length * (1 + 2 * width * softness))
+        drops = rng.random(shape[:2]) ** 2 * (rng.random(shape[:2]) < density)
         streaks += cv2.filter2D(drops, -1, kernel / kernel.max(), borderType=cv2.BORDER_REFLECT_101)
     return np.clip(streaks * rng.uniform(0.3, 1.0), 0, 1)
 
