@@ -1,7 +1,7 @@
 """``cea study``: does CEA earn its place? The same training with CEANet's contrasts, for several seeds.
 
-With ``path.pretrain_network_g``, weights of CEANet without CEA layers, all of them start as that network: a fresh CEA
-layer is the identity, and what a wider feed-forward has more adds nothing at first.
+With ``path.pretrain_network_g``, weights of CEANet, all of them start as that network without its CEA layers: a fresh
+CEA layer is the identity, and what a wider feed-forward has more adds nothing at first.
 """
 
 import argparse
@@ -103,10 +103,10 @@ def matched(network: dict[str, Any], variants: list[str]) -> dict[str, dict[str,
 
 
 def started(network: dict[str, Any], weights: dict[str, Tensor], path: str, seed: int) -> dict[str, Tensor]:
-    """Weights with which a variant computes what a CEANet without CEA layers does with its ``weights``, from ``path``.
+    """Weights with which a variant computes what CEANet does with ``weights``, from ``path``, its CEA layers taken out.
 
     Raises:
-        UserError: The weights have CEA layers, or do not fit.
+        UserError: The weights do not fit.
     """
     torch.manual_seed(seed)
     state = build_network(network).state_dict()
@@ -114,6 +114,7 @@ def started(network: dict[str, Any], weights: dict[str, Tensor], path: str, seed
     found = {
         name: _widened(value, shared[name]) if '.ffn.' in name and name in shared else value
         for name, value in weights.items()
+        if '.cea.' not in name
     }
     check_fit(shared, found, f'{path} does not fit CEANet without CEA layers')
     return state | found

@@ -38,7 +38,8 @@ def test_variants_start_as_the_network_without_cea_layers(variant):
         nn.init.normal_(weight, weight.mean().item(), 0.1)
     options = study.matched({'type': 'CEANet', 'size': 'T'}, [variant])[variant]
     net = CEANet(**{key: value for key, value in options.items() if key != 'type'})
-    net.load_state_dict(study.started(options, bare.state_dict(), 'bare.pth', seed=1))
+    weights = bare.state_dict() | {'latent.0.cea.gamma': torch.ones(128)}  # a CEA layer of the start is left out
+    net.load_state_dict(study.started(options, weights, 'bare.pth', seed=1))
     x = torch.rand(1, 3, 40, 24)
     assert (bare(x) - x).abs().mean() > 0.01
     torch.testing.assert_close(net(x), bare(x))
@@ -49,9 +50,8 @@ def test_variants_start_as_the_network_without_cea_layers(variant):
 @pytest.mark.parametrize(
     ('other', 'complaint'),
     [
-        ({}, r'unexpected \(latent\.0\.cea'),
-        ({'cea_stages': [], 'ffn_expansion_factor': 4.0}, 'of another shape'),
-        ({'cea_stages': [], 'size': 'S'}, 'of another shape'),
+        ({'ffn_expansion_factor': 4.0}, 'of another shape'),
+        ({'size': 'S'}, 'of another shape'),
     ],
 )
 def test_a_start_of_another_network_is_refused(other, complaint):
