@@ -93,6 +93,17 @@ def test_fresh_layer_is_the_exact_identity(layout, conditioning, routing):
 
 
 @pytest.mark.parametrize('conditioning', CONDITIONINGS)
+def test_a_fresh_layer_acts_as_soon_as_gamma_leaves_zero(conditioning):
+    torch.manual_seed(0)
+    layer = CEALayer(64, conditioning=conditioning)
+    x = torch.randn(4, 64, 32, 32)
+    nn.init.constant_(layer.gamma, 0.01)
+    assert 0.05 < (layer(x) - x).std() < 0.2
+    if conditioning == 'cross_attention':  # and its probes attend to different tokens
+        assert 0.5 < (layer.adapter.folded_queries() @ x[0].flatten(1)).std(-1).mean() < 2
+
+
+@pytest.mark.parametrize('conditioning', CONDITIONINGS)
 def test_permuting_tokens_permutes_the_output(conditioning):
     layer = make_layer(layout='bnc', conditioning=conditioning)
     x = torch.randn(2, 35, DIM, dtype=torch.float64)
