@@ -4,6 +4,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cea_arch.archs.ceanet_arch import CEANet, Downsample
 from cea_arch.layers import CEABlock, CEALayer
+from cea_arch.layers.cea import RESIDUAL_STD
 from cea_arch.layers.transformer import ChannelAttention
 
 TINY = {'size': 'T', 'dim': 8, 'num_blocks': [1, 1, 1, 1], 'heads': [1, 1, 2, 4]}
@@ -18,7 +19,7 @@ def lively(net):
             if not p.any():
                 p.normal_(std=0.1)
         for layer in (m for m in net.modules() if isinstance(m, CEALayer)):
-            layer.gamma.normal_()
+            layer.gamma.normal_(std=0.3 / RESIDUAL_STD)
             layer.adapter.to_out.weight.normal_()
     return net.eval()
 

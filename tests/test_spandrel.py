@@ -34,7 +34,7 @@ def alive(net):
     with torch.no_grad():
         for p in net.parameters():
             if not p.any():
-                p.normal_(std=0.3)
+                p.normal_(std=0.03)
     return net.eval()
 
 
