@@ -10,6 +10,7 @@ from cea_arch.archs.with_cea_arch import WithCEA
 from cea_arch.checkpoints import write_checkpoint
 from cea_arch.errors import UserError
 from cea_arch.fitting import Fit
+from cea_arch.layers.cea import RESIDUAL_STD
 
 spandrel = pytest.importorskip('spandrel', reason='needs the extra: pip install -e ".[spandrel]"')
 ours = pytest.importorskip('cea_arch.spandrel')
@@ -32,9 +33,9 @@ def write(net, options, path):
 def alive(net):
     """Put what starts at zero off it, so that every part acts."""
     with torch.no_grad():
-        for p in net.parameters():
+        for name, p in net.named_parameters():
             if not p.any():
-                p.normal_(std=0.03)
+                p.normal_(std=0.3 / RESIDUAL_STD if name.endswith('gamma') else 0.3)
     return net.eval()
 
 

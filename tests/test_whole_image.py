@@ -116,7 +116,8 @@ def test_each_sweep_comes_closer():
                     out[..., a:b][..., core] = tile[..., core]
                 whole.merge()
                 errors.append((out - expected).abs().mean().item())
-    assert errors[2] < errors[1] < errors[0]  # how much, depends on how sharply the random network's probes attend
+    assert errors[1] < errors[0] / 2
+    assert errors[2] < errors[1] / 2
 
 
 def test_a_network_without_global_statistics_needs_no_sweep():

@@ -35,6 +35,10 @@ from cea_arch.layers.tokens import (
     project,
 )
 
+# The deviation of a fresh layer's S D (our choice, measured). gamma leaves zero by about the learning rate a step: with
+# 1, CEA has hardly begun after 1,500 steps of 5e-4; with 10, gamma S D is by then as large as long trainings leave it.
+RESIDUAL_STD = 10.0
+
 
 def signed(affinity: Tensor) -> Tensor:
     """CEA's routing (from the paper): affinities ``(B, N, r)`` stay dense, signed and unbounded."""
@@ -52,9 +56,6 @@ def top_k(affinity: Tensor, k: int = 2) -> Tensor:
     return torch.zeros_like(affinity).scatter(-1, index, softmax(values))
 
 
-# The deviation of a fresh layer's S D (our choice, measured). gamma leaves zero by about the learning rate a step: with
-# 1, CEA has hardly begun after 1,500 steps of 5e-4; with 10, gamma S D is by then as large as long trainings leave it.
-RESIDUAL_STD = 10.0
 ROUTINGS = {'signed': signed, 'softmax': softmax, 'topk': top_k}
 
 
