@@ -20,7 +20,7 @@ def lively(net):
                 p.normal_(std=0.1)
         for layer in (m for m in net.modules() if isinstance(m, CEALayer)):
             layer.gamma.normal_(std=1 / RESIDUAL_STD)
-            layer.adapter.to_out.weight.normal_()
+            layer.adapter.to_out.weight.normal_(std=0.3)
             for projection in (layer.adapter.to_q, layer.adapter.to_k, layer.adapter.to_v):
                 projection.reset_parameters()  # broader attention than a fresh one: parts are like the whole
     return net.eval()
