@@ -1,5 +1,9 @@
 """Tiles with the statistics of the whole image, against the whole image untiled."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from test_ceanet import TINY, lively
@@ -150,6 +154,23 @@ def test_no_more_is_read_and_written_at_once_than_a_tile_and_a_row_of_tiles(scal
     assert tops == [0, *ends[:-1]]
     expected = nn.functional.interpolate(x, scale_factor=scale)
     torch.testing.assert_close(torch.cat([rows for _, rows in written], dim=-2), expected)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='other systems manage memory by themselves')
+def test_the_memory_of_a_freed_tensor_serves_the_next_however_large():
+    code = """
+import resource, torch
+from cea_arch.tiling import keep_freed_memory
+keep_freed_memory()
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1100 * 2**18)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    faults = [int(line) for line in done.stdout.split()]
+    assert faults[-1] < faults[0] / 100
 
 
 @pytest.mark.parametrize('length', [1, 63, 64, 65, 97, 128, 130, 1000])
