@@ -52,11 +52,11 @@ def run(args: argparse.Namespace) -> int:
     opt = read_options(args.opt, args.set, args.force_yml)
     is_train = 'train' in opt['datasets']
     parsed = parsed_options(args, opt, is_train)
-    several = parsed | {'dist': args.processes > 1, 'world_size': args.processes}
+    several = distributed.spread_batch(parsed | {'dist': args.processes > 1, 'world_size': args.processes})
     parts = check_options(several, may_miss=True)
     if 'path.pretrain_network_g' not in parts.missing:
         _check_weights(parsed, parts)
-    rows = _training(parsed, parts, distributed.devices(several)) if is_train else _testing(parsed, parts)
+    rows = _training(several, parts, distributed.devices(several)) if is_train else _testing(parsed, parts)
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         print(f'{name:<{width}}  {text}')
@@ -66,8 +66,9 @@ def run(args: argparse.Namespace) -> int:
             print(f'  {label}: {name}')
         return 0 if args.allow_missing else 2
     if is_train and args.steps > 0:
-        parsed['num_gpu'] = min(parsed['num_gpu'], 1) if args.processes > 1 else parsed['num_gpu']
-        _say_steps(take_steps(parsed, args.steps), parsed)
+        one = several | {'dist': False, 'train': several['train'] | {'total_batch_size': None}}  # of the processes
+        one['num_gpu'] = min(parsed['num_gpu'], 1) if args.processes > 1 else parsed['num_gpu']
+        _say_steps(take_steps(one, args.steps), one)
     return 0
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cea_arch.archs.ceanet_arch import SIZES, CEANet
 from cea_arch.compat import ARCH_REGISTRY, HAS_BASICSR
 from cea_arch.errors import UserError, lookup, need
 from cea_arch.files import written_beside
+from cea_arch.networks.cea_ir import CEAIR, SIZES, named_size
 
 WEIGHT_KEYS = ('params_ema', 'params')
 PREFIXES = ('module.', '_orig_mod.')  # DataParallel and torch.compile leave them before every name
@@ -27,8 +27,8 @@ METADATA_KEY = 'cea_arch'  # of the JSON in a .safetensors file
 SHOWN = 3
 # what torch's reader raises for bytes that are no weights
 BAD_FILE = (AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError)
-PACKAGED_WEIGHTS = Path(__file__).parent / 'weights' / 'ceanet_t.safetensors'  # see the card beside it
-MODEL_HELP = 'file of weights, .pth or .safetensors (default: CEANet-T as it comes with the package)'
+PACKAGED_WEIGHTS = Path(__file__).parent / 'weights' / 'cea_ir_t.safetensors'  # see the card beside it
+MODEL_HELP = 'file of weights, .pth or .safetensors (default: CEA-IR-T as it comes with the package)'
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], label
 
 
 def build_network(options: Mapping[str, Any]) -> nn.Module:
-    """A network from its options, ``type`` and the constructor's own: CEANet, or any that basicsr's registry knows.
+    """A network from its options, ``type`` and the constructor's own: CEAIR, or any that basicsr's registry knows.
 
     Raises:
         UserError: The type is unknown, or needs basicsr where it is absent; or an option is not the network's.
@@ -92,10 +92,10 @@ def build_network(options: Mapping[str, Any]) -> nn.Module:
     options = dict(options)
     kind = options.pop('type', None)
     options.pop('pretrained_base', None)  # the weights are in this file
-    if kind == 'CEANet':
-        network: Callable[..., nn.Module] = CEANet
+    if kind == 'CEAIR':
+        network: Callable[..., nn.Module] = CEAIR
     elif not HAS_BASICSR:
-        raise UserError(f'network {kind!r} needs basicsr, which is not installed; without it there is CEANet.')
+        raise UserError(f'network {kind!r} needs basicsr, which is not installed; without it there is CEAIR.')
     else:
         network = lookup(ARCH_REGISTRY, kind, 'network')
     try:
@@ -105,27 +105,17 @@ def build_network(options: Mapping[str, Any]) -> nn.Module:
 
 
 def network_options(content: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Any]:
-    """The network's options, from the file or, for CEANet's named sizes, from the shapes of its weights."""
+    """The network's options, from the file or, for CEAIR's named sizes, from the shapes of its weights."""
     options = content.get('network_g')
     if isinstance(options, Mapping):
         return dict(options)
     weights = weights_of(content, path)
     if size := named_size(weights):
-        return {'type': 'CEANet', 'size': size}
+        return {'type': 'CEAIR', 'size': size}
     raise UserError(
-        f'{path} does not say what network it holds, and its {len(weights)} weights are not those of CEANet in size '
+        f'{path} does not say what network it holds, and its {len(weights)} weights are not those of CEAIR in size '
         f'{", ".join(SIZES)}: expected options under network_g, as CEAModel writes them.'
     )
-
-
-def named_size(weights: Mapping[str, Tensor]) -> str | None:
-    """CEANet's named size whose weights have these names and shapes; ``None`` if there is none."""
-    for size in SIZES:
-        with torch.device('meta'):
-            expected = CEANet(size=size).state_dict()
-        if {name: v.shape for name, v in expected.items()} == {name: v.shape for name, v in weights.items()}:
-            return size
-    return None
 
 
 def holds_layers_alone(weights: Mapping[str, Tensor]) -> bool:

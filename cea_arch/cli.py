@@ -11,7 +11,7 @@ from cea_arch import demo, doctor, export, profiling, restore_files
 from cea_arch.checkpoints import merge
 from cea_arch.compat import HAS_BASICSR, REMEDY
 from cea_arch.errors import UserError
-from cea_arch.layers import survey_modules
+from cea_arch.layers import find_sites
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_score(commands)
     _add_report(commands)
     text = (
-        'list the modules of network_g, or of its base, with output shape and layout: which can be targets of WithCEA'
+        'list the modules of network_g, or of its base, with their channels and layout: which can be targets of WithCEA'
     )
     _add(commands, 'modules', text, _modules).add_argument('-opt', required=True, help='option YAML file')
     text = 'make a whole checkpoint from a base network and the CEA layers that a run with freeze_base saved'
@@ -88,11 +88,18 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
     check.add_argument('--steps', type=int, default=2, help='how many steps to take; 0: none')
     check.add_argument('--processes', type=int, default=1, help='of the launcher, for batch and epochs')
     check.add_argument('--allow-missing', action='store_true', help='exit with 0 though data or weights are missing')
-    text = 'train CEANet and its contrasts (no CEA, static, pooled, softmax, top-k) for several seeds, and compare'
+    text = 'train a CEAIR and its ablations, as the paper names them, for several seeds, and compare'
     study = _add(commands, 'study', text, lambda args: importlib.import_module('cea_arch.study').run(args))
     _add_options(study)
     study.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='one training of each variant for each')
-    study.add_argument('--variants', nargs='+', default=None, help='some of none, static, pooled, softmax, topk, cea')
+    study.add_argument(
+        '--variants',
+        nargs='+',
+        default=None,
+        help='ablations: cea (as the file says), none, q, k, v, qk, qkv, mixer, ffn, static, pooled, topk, '
+        'static_topk, no_rank_norm, r4, r16 (default: none static pooled topk cea)',
+    )
+    study.add_argument('--match', action='store_true', help='equal parameters, by wider or narrower feed-forwards')
     study.add_argument('--jobs', type=int, default=1, help='trainings at a time')
     _add(commands, 'schema', 'print the JSON schema of option files, for editors', _schema)
 
@@ -146,15 +153,15 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _modules(args: argparse.Namespace) -> None:
-    """Print each module's name, class, output shape for two images, and layout or why it cannot be a target."""
+    """Print each module's name, class, channels and layout, or why it cannot be a target."""
     options = importlib.import_module('cea_arch.options')
-    modules = survey_modules(options.read_network(args.opt, base=True))
+    modules = find_sites(options.read_network(args.opt, base=True))
     widths = [max(len(word) for word in words) for words in zip(*((name, m.kind) for name, m in modules.items()))]
     for name, module in modules.items():
         mark = ' ' if module.problem else '*'
-        said = module.problem or f'{module.layout} {module.shape}'
+        said = module.problem or f'{module.layout} {module.dim} -> {module.dim_out}'
         print(f'{mark} {name:<{widths[0]}}  {module.kind:<{widths[1]}}  {said}')
-    print('Those with * can be targets; shapes are for two images.')
+    print('Those with * can be targets: bchw are images, bnc tokens; channels in and out.')
 
 
 def _merge(args: argparse.Namespace) -> None:

@@ -19,11 +19,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from cea_arch.layers import CEALayer
-from cea_arch.layers.transformer import ChannelAttention, GatedFeedForward
+from cea_arch.layers import CEALayer, HyperAdapter
+from cea_arch.layers.blocks import ChannelAttention, GatedFeedForward
 
 Call = Callable[[], object]
-UNITS = (CEALayer, ChannelAttention, GatedFeedForward)  # taken whole in a breakdown by type
+UNITS = (CEALayer, HyperAdapter, ChannelAttention, GatedFeedForward)  # taken whole in a breakdown by type
 REST = 'between modules'
 # products that torch's counter passes over, besides those of its table; what has no formula here is named instead
 _UNCOUNTED = (
@@ -173,7 +173,7 @@ def peak_memory(call: Call, device: torch.device) -> int | None:
 def by_type(net: nn.Module) -> dict[nn.Module, str]:
     """A label for each module that a breakdown by type tells apart: ``UNITS`` whole, else the modules without children.
 
-    Modules within a unit have none. A CEA layer within another module is taken out of it.
+    Modules within a unit have none. A hyper-adapter within another module is taken out of it.
     """
     units = [m for m in net.modules() if isinstance(m, UNITS)]
     inside = {child for unit in units for child in unit.modules() if child is not unit}

@@ -5,6 +5,7 @@ function here also works in a run of one process, where it does nothing.
 """
 
 import datetime
+import math
 import os
 import subprocess
 import sys
@@ -74,6 +75,27 @@ def rank() -> int:
 def devices(opt: dict[str, Any]) -> int:
     """Over how many devices the options of a run, as parsed, spread a batch: processes, or GPUs of one process."""
     return opt['world_size'] if opt['dist'] else max(opt['num_gpu'], 1)
+
+
+def spread_batch(opt: dict[str, Any]) -> dict[str, Any]:
+    """Options of a run, as parsed, with ``train.total_batch_size`` spread over its devices.
+
+    So the same file takes the same steps on any number of them: each loads its share of a batch and computes it in
+    parts of ``datasets.train.batch_size_per_gpu``, if that is less.
+
+    Raises:
+        UserError: The devices cannot share it alike.
+    """
+    total = (opt.get('train') or {}).get('total_batch_size')
+    loader = opt['datasets'].get('train')
+    if not total or not loader:
+        return opt
+    at_once = math.ceil(loader['batch_size_per_gpu'] / opt['train'].get('accumulate', 1))
+    share, rest = divmod(total, devices(opt))
+    if rest:
+        raise UserError(f'train.total_batch_size: {total} cannot be spread over {devices(opt)} devices.')
+    opt = opt | {'train': opt['train'] | {'accumulate': math.ceil(share / at_once)}}
+    return opt | {'datasets': opt['datasets'] | {'train': loader | {'batch_size_per_gpu': share}}}
 
 
 def first_of_machine() -> bool:

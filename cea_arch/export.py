@@ -29,7 +29,7 @@ from cea_arch.files import refuse_to_replace, written_beside
 from cea_arch.fitting import find_fit
 
 WEIGHTS_ALONE = '.safetensors'
-SIZES = ((16, 24), (33, 40), (64, 47), (17, 90), (9, 12))  # height, width: odd and even, other than the traced one
+SIZES = ((17, 24), (33, 40), (64, 47), (19, 90), (18, 31))  # height, width: odd and even, other than the traced one
 TRACED_SIZE = (40, 48)
 TOLERANCE = 1e-4  # for images in [0, 1]
 TOLERANCE_HALF = 1e-2  # measured: 6e-4 with trained weights, 5e-3 with random ones

@@ -1,4 +1,4 @@
-"""The routing made visible: which component of a CEA layer acts where in a picture."""
+"""The routing made visible: which component of CEA acts where in a picture."""
 
 import math
 from collections.abc import Iterator
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from cea_arch.errors import UserError, suggest
-from cea_arch.layers import CEALayer
+from cea_arch.layers import HyperAdapter
+from cea_arch.layers.cea import Factors
+from cea_arch.layers.whole_image import scale_of
 from cea_arch.tiling import Span
 
 PANEL_SIDE = 480  # pixels, at most
@@ -18,24 +20,33 @@ GAP = 4  # pixels between panels
 
 
 class RoutingMaps:
-    """Records the affinities of one CEA layer while its network restores.
+    """Records the affinities, G = X A^T, of one target of one hyper-adapter while its network restores.
 
     Args:
-        net: Network with CEA layers in ``(B, C, H, W)`` or ``(B, H, W, C)``.
-        name: Qualified name of the layer; by default the last one.
+        net: Network with CEA in features that have rows and columns.
+        name: A layer, such as ``decoder.0.0.attn.cea``, or one of its targets, ``decoder.0.0.attn.cea.q``; by default
+            the last layer, and of a layer its first target.
 
     Raises:
-        UserError: No layer of that name, or one without a plan of rows and columns.
+        UserError: No such layer or target.
     """
 
     def __init__(self, net: nn.Module, name: str | None = None) -> None:
-        layers = {name: m for name, m in net.named_modules() if isinstance(m, CEALayer) and m.layout != 'bnc'}
+        layers = {
+            name.removesuffix('.adapter'): m
+            for name, m in net.named_modules()
+            if isinstance(m, HyperAdapter) and m.spec.condense
+        }
         if not layers:
             raise UserError('the network has no CEA layer whose routing could be drawn.')
+        first = {layer: next(iter(m.spec.parts)) for layer, m in layers.items()}
+        known = {layer: (layer, target) for layer, target in first.items()}
+        known |= {f'{layer}.{target}': (layer, target) for layer, m in layers.items() for target in m.spec.parts}
         self.name = name or list(layers)[-1]
-        if self.name not in layers:
-            raise UserError(f'no CEA layer {name!r}.{suggest(name, layers)} There are {", ".join(layers)}.')
-        self.layer = layers[self.name]
+        if self.name not in known:
+            raise UserError(f'no CEA layer {name!r}.{suggest(name, known)} There are {", ".join(layers)}.')
+        layer, self.target = known[self.name]
+        self.adapter = layers[layer]
         self.maps: Tensor | None = None
         self._latest: Tensor | None = None
 
@@ -43,7 +54,7 @@ class RoutingMaps:
     def recording(self) -> Iterator[None]:
         """See what the layer does; afterwards ``maps`` are the affinities of the picture, ``(r, h, w)`` on the CPU."""
         self.maps = None
-        handle = self.layer.register_forward_hook(self._record, with_kwargs=True)
+        handle = self.adapter.register_forward_hook(self._record)
         try:
             yield
         finally:
@@ -52,21 +63,18 @@ class RoutingMaps:
     def place(self, rows: Span, columns: Span, size: tuple[int, int]) -> None:
         """Put the affinities of the tile just run into those of the picture of ``size`` (height, width) in pixels."""
         tile = self._latest
-        # levels halve; an odd size or a padded one would blur the ratio
-        pairs = zip(tile.shape[1:], (rows.stop - rows.start, columns.stop - columns.start))
-        ratios = [2.0 ** round(math.log2(cells / pixels)) for cells, pixels in pairs]
+        lengths = (rows.stop - rows.start, columns.stop - columns.start)
+        scales = [scale_of(pixels, cells) for pixels, cells in zip(lengths, tile.shape[1:])]
         if self.maps is None:
-            self.maps = tile.new_zeros(len(tile), *(math.ceil(s * r - 1e-6) for s, r in zip(size, ratios)))
-        tops = [round(span.start * ratio) for span, ratio in zip((rows, columns), ratios)]
+            self.maps = tile.new_zeros(len(tile), *(math.ceil(s / scale - 1e-6) for s, scale in zip(size, scales)))
+        tops = [round(span.start / scale) for span, scale in zip((rows, columns), scales)]
         part = self.maps[:, tops[0] : tops[0] + tile.shape[1], tops[1] : tops[1] + tile.shape[2]]
-        inner = [round(span.core.start * r) for span, r in zip((rows, columns), ratios)]
+        inner = [round(span.core.start / scale) for span, scale in zip((rows, columns), scales)]
         # what lies beyond the core is put too, and replaced by the tile that it belongs to
         part[:, inner[0] :, inner[1] :] = tile[:, inner[0] : part.shape[1], inner[1] : part.shape[2]]
 
-    def _record(self, layer: CEALayer, args: tuple, kwargs: dict, out: Tensor) -> None:
-        plan = args[0].shape[2:] if layer.layout == 'bchw' else args[0].shape[1:3]
-        affinities = layer.affinities(args[0], kwargs.get('components'))  # (1, h*w, r)
-        self._latest = affinities[0].T.unflatten(1, plan).float().cpu()
+    def _record(self, adapter: HyperAdapter, args: tuple, factors: Factors) -> None:
+        self._latest = adapter.affinities(args[0], factors)[self.target][0].float().cpu()
 
 
 def draw_maps(maps: Tensor) -> np.ndarray:

@@ -66,6 +66,7 @@ CEA_TRAIN = TRAIN | {
     'optim_g': {'$ref': '#/$defs/optimizer'},
     'fft_opt': either(_LOSS, NULL),
     'amp': one_of(*AMP),
+    'total_batch_size': either(whole(), NULL),
     'accumulate': whole(),
     'grad_clip': either(_POSITIVE, NULL),
     'max_skipped': whole(),

@@ -236,9 +236,16 @@ def _apply(opt: dict[str, Any], entry: str, separator: str) -> None:
             place = place[key]
 
 
+def complete(opt: dict[str, Any]) -> dict[str, Any]:
+    """What BasicSR's parser made of an option file, with what our options stand for: protocol, batch of all devices."""
+    opt = deepcopy(opt)
+    _apply_protocol(opt)
+    return distributed.spread_batch(opt)
+
+
 def _apply_protocol(opt: dict[str, Any]) -> None:
     """``val.protocol`` sets the metrics, and the centre crop of evaluation sets that do not set their own."""
-    name = opt['val'].get('protocol')
+    name = (opt.get('val') or {}).get('protocol')
     if name is None:
         return
     protocol = find_protocol(name, 'val.protocol')

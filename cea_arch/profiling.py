@@ -1,4 +1,4 @@
-"""``cea profile``: what networks cost, CEA's share of it, and what a CEA layer costs beside a 1x1 convolution."""
+"""``cea profile``: what networks cost, CEA's share of it, and what CEA costs in one projection and one block."""
 
 import argparse
 import ast
@@ -9,16 +9,13 @@ import json
 import platform
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from cea_arch.archs.ceanet_arch import SIZES, CEANet
 from cea_arch.compat import HAS_BASICSR, REMEDY
 from cea_arch.costs import (
     Call,
@@ -32,8 +29,9 @@ from cea_arch.costs import (
 )
 from cea_arch.errors import UserError
 from cea_arch.files import written_beside
-from cea_arch.layers import CEALayer, assemble
+from cea_arch.layers import CEABlock, HyperAdapter, assemble, remove_cea
 from cea_arch.layers.tokens import as_tokens
+from cea_arch.networks.cea_ir import CEAIR, SIZES
 from cea_arch.restore import PRECISIONS, choose_device
 from cea_arch.tiling import is_out_of_memory, keep_freed_memory
 
@@ -52,13 +50,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare what :func:`run` reads."""
     command.add_argument('-opt', nargs='+', action='extend', default=[], help='option YAML files, for their network_g')
     command.add_argument('--code', nargs='+', default=[], help="others, each 'NAME=FILE.py:Class(word=value)'")
-    command.add_argument('--size', nargs='+', default=[], help=f"CEANet's named sizes: {', '.join(SIZES)}")
+    command.add_argument('--size', nargs='+', default=[], help=f"CEAIR's named sizes: {', '.join(SIZES)}")
     command.add_argument('--without-cea', action='store_true', help='each network also without its CEA layers')
     command.add_argument('--pixels', nargs='+', type=int, default=[256], help='heights of square images (256)')
     command.add_argument('--train', action='store_true', help='forward and backward instead of inference')
     command.add_argument('--layers', choices=('type', 'stage'), help='also where time and MACs go, by type or by stage')
-    command.add_argument('--layer', action='store_true', help='one CEA layer, its parts, and yardsticks for them')
-    for name, default in (('dim', 96), ('rank', 8), ('width', 32), ('heads', 2)):
+    command.add_argument('--layer', action='store_true', help='one adapted projection, its parts, and its block')
+    for name, default in (('dim', 96), ('rank', 8), ('heads', 4)):
         command.add_argument(f'--{name}', type=int, default=default, help=f'of the layer with --layer ({default})')
     command.add_argument('--device', default='auto', help='auto (default), cpu, cuda, cuda:1, mps')
     command.add_argument('--precision', choices=PRECISIONS, default='fp32', help='bf16 and fp16: under autocast')
@@ -68,13 +66,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure and print tables in Markdown; write the figures to a file on request."""
-    for name in ('repeats', *(['dim', 'rank', 'width', 'heads'] if args.layer else ())):
+    for name in ('repeats', *(['dim', 'rank', 'heads'] if args.layer else ())):
         if getattr(args, name) < 1:
             raise UserError(f'--{name} must be at least 1, got {getattr(args, name)}.')
     if min(args.pixels) < 1:
         raise UserError(f'--pixels must be at least 1, got {min(args.pixels)}.')
     if args.layer and (args.opt or args.code or args.size or args.layers or args.without_cea):
-        raise UserError('--layer measures a CEA layer alone: leave out what names and what parts networks.')
+        raise UserError('--layer measures one block: leave out what names and what parts networks.')
     device = choose_device(args.device)
     keep_freed_memory()  # as cea restore does
     nets = {} if args.layer else _networks(args)
@@ -142,56 +140,51 @@ def _more(value: float | None, bare: float | None) -> float | None:
 
 
 def without_cea(net: nn.Module, name: str) -> nn.Module:
-    """A copy whose CEA layers are the identity, without parameters.
+    """A copy without its CEA, parameters and all.
 
     Raises:
         UserError: It has none.
     """
     bare = copy.deepcopy(net)
-    layers = [path for path, module in bare.named_modules() if path and isinstance(module, CEALayer)]
-    if not layers:
+    inside = [path for path, module in bare.named_modules() if isinstance(module, HyperAdapter)]
+    if not remove_cea(bare):
+        for path in inside:
+            parent, _, child = path.rpartition('.')
+            setattr(bare.get_submodule(parent), child, None)
+    if not inside:
         raise UserError(f'--without-cea: {name} has no CEA layers.')
-    for path in layers:
-        parent, _, name = path.rpartition('.')
-        setattr(bare.get_submodule(parent), name, nn.Identity())
     return bare
 
 
 def layer_costs(args: argparse.Namespace, side: int, device: torch.device) -> list[Row]:
-    """A row for a CEA layer, each of its parts and each yardstick; all are timed in turn."""
+    """A row for the adapted projection of queries, keys and values, for its parts, and for the block around it."""
     dtype = PRECISIONS[args.precision]
     try:
-        layer = CEALayer(args.dim, args.rank, args.width, args.heads).to(device, dtype)
+        block = CEABlock(args.dim, rank=args.rank, heads=args.heads).to(device, dtype)
     except ValueError as error:
         raise UserError(f'--layer: {error}') from error
-    conv = nn.Conv2d(args.dim, args.dim, 1).to(device, dtype)
+    bare = without_cea(block, 'the block')
+    adapter, projection = block.attn.cea, block.attn.qkv
     x = torch.randn(1, args.dim, side, side, device=device, dtype=dtype, requires_grad=args.train)
-    tokens = as_tokens(x, 'bchw')
-    with torch.no_grad():
-        normed = layer.norm.fold(tokens)
-        components = layer.condition(x)
-    written_out = layer.norm(tokens).detach().requires_grad_(args.train)
 
-    def weights(module: nn.Module) -> list[Tensor]:
-        return list(module.parameters()) if args.train else []
+    def weights(*modules: nn.Module) -> list[Tensor]:
+        return [p for module in modules for p in module.parameters()] if args.train else []
 
-    def read(x: Tensor) -> Tensor:
-        return torch.cat(layer.adapter(replace(normed, raw=as_tokens(x, 'bchw'))))
-
-    def add(x: Tensor) -> Tensor:
-        tokens = as_tokens(x, 'bchw')
-        return assemble(replace(normed, raw=tokens), *components, onto=tokens)
+    def assembled(x: Tensor) -> Tensor:
+        tokens, onto = (as_tokens(t, 'bchw') for t in (x, projection(x)))
+        return assemble(onto, tokens, adapter(x), args.rank)
 
     calls = {
         'copy': _step(torch.clone, x, []),
-        '1x1 convolution': _step(conv, x, weights(conv)),
-        'CEA layer': _step(layer, x, weights(layer)),
-        'its normalisation': _step(lambda x: layer.norm.fold(as_tokens(x, 'bchw')).scale, x, []),
-        'its conditioning': _step(read, x, weights(layer.adapter)),
-        'its assembly, added': _step(add, x, []),
+        'projection C -> 3C': _step(projection, x, weights(projection)),
+        'adapted by CEA, merged': _step(partial(adapter.project, projection), x, weights(adapter, projection)),
+        'adapted by CEA, assembled': _step(assembled, x, weights(adapter, projection)),
+        'its reading and writing': _step(
+            lambda x: torch.cat([rows.flatten() for rows in adapter(x)]), x, weights(adapter)
+        ),
+        'block without CEA': _step(bare, x, weights(bare)),
+        'block with CEA': _step(block, x, weights(block)),
     }
-    for name, product in TWO_PRODUCTS.items():
-        calls[f'yardstick: {name}'] = _step(partial(product, *components), written_out, [])
     memory = {name: peak_memory(call, device) for name, call in calls.items()}
     times = interleaved(calls, args.repeats, device)
     return [
@@ -200,35 +193,15 @@ def layer_costs(args: argparse.Namespace, side: int, device: torch.device) -> li
             'C': args.dim,
             'r': args.rank,
             'pixels': side,
+            'MMACs': count_macs(calls[name])[0] / 1e6,
             'ms': times[name].median * 1e3,
             'spread': times[name].spread,
-            'copies': times[name].over(times['copy']),
-            '1x1 convolutions': times[name].over(times['1x1 convolution']),
+            'to projection': times[name].over(times['projection C -> 3C']),
+            'to block': times[name].over(times['block without CEA']),
             'memory MiB': _mib(memory[name]),
         }
         for name in calls
     ]
-
-
-def _two_convolutions(bases: Tensor, directions: Tensor, tokens: Tensor) -> Tensor:
-    """The assembly as 1x1 convolutions C -> r -> C with the image's own weights."""
-    image = tokens.mT.unsqueeze(-1)
-    affinity = F.conv2d(image, bases[0, :, :, None, None] * image.shape[1] ** -0.5)
-    return F.conv2d(affinity, directions[0].T[:, :, None, None])
-
-
-def _two_batched(bases: Tensor, directions: Tensor, tokens: Tensor) -> Tensor:
-    """The assembly as products of batches of matrices."""
-    return torch.bmm(directions.mT, torch.bmm(bases * tokens.shape[-1] ** -0.5, tokens.mT))
-
-
-def _two_plain(bases: Tensor, directions: Tensor, tokens: Tensor) -> Tensor:
-    """The assembly as products of two matrices, the second one's weights rewritten in memory order."""
-    affinity = torch.mm(bases[0] * tokens.shape[-1] ** -0.5, tokens[0].T)
-    return torch.mm(directions[0].T.contiguous(), affinity)
-
-
-TWO_PRODUCTS = {'two convolutions': _two_convolutions, 'two bmm': _two_batched, 'two mm': _two_plain}
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -256,8 +229,8 @@ def _networks(args: argparse.Namespace) -> dict[str, nn.Module]:
     nets: dict[str, nn.Module] = {}
     for size in args.size:
         if size not in SIZES:
-            raise UserError(f'--size: CEANet comes in {", ".join(SIZES)}, not {size!r}; image sizes go to --pixels.')
-        nets[f'CEANet-{size}'] = CEANet(size=size)
+            raise UserError(f'--size: CEAIR comes in {", ".join(SIZES)}, not {size!r}; image sizes go to --pixels.')
+        nets[f'CEA-IR-{size}'] = CEAIR(size=size)
     if args.opt and not HAS_BASICSR:
         raise UserError(f'-opt: {REMEDY} Without it there is --size.')
     for path in args.opt:

@@ -48,7 +48,7 @@ class Restorer:
     Args:
         model: File of weights, see :func:`cea_arch.checkpoints.load_network`, or a network that maps RGB images
             ``(1, 3, H, W)`` in [0, 1] to the same shape, or one that is an integer ``scale`` larger. One that takes
-            multiples of some size alone gets images continued by reflection. By default CEANet-T as it comes with the
+            multiples of some size alone gets images continued by reflection. By default CEA-IR-T as it comes with the
             package; ``cea_arch/weights/README.md`` says on what it was trained.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         precision: ``fp32``, or ``bf16`` or ``fp16`` under autocast; where that gives no finite numbers, fp32 is used

@@ -1,11 +1,10 @@
-"""CEANet and networks with CEA layers for programs that load models through spandrel, such as chaiNNer.
+"""CEAIR and networks with CEA layers for programs that load models through spandrel, such as chaiNNer.
 
-Spandrel hands on the weights of a file alone, so options are read off the shapes. Two leave no trace there, the heads
-of the hyper-adapters and the routing: the defaults are taken, and a warning says so where nothing confirms them.
-:func:`load` reads what the file says.
+Spandrel hands on the weights of a file alone, so options are read off the shapes. Three leave no trace there:
+heads of the hyper-adapters, routing and RankNorm. The defaults are taken, and a warning says so where nothing confirms
+them. :func:`load` reads what the file says.
 """
 
-import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -15,19 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cea_arch.archs.ceanet_arch import NUM_LEVELS, CEANet
-from cea_arch.checkpoints import check_fit, holds_layers_alone, load_network, named_size
+from cea_arch.checkpoints import check_fit, holds_layers_alone, load_network
 from cea_arch.errors import UserError, need
 from cea_arch.fitting import find_fit
 from cea_arch.layers import cea_state_dict, inject_cea
+from cea_arch.networks.cea_ir import CEAIR, NUM_LEVELS, STAGES, named_size
 
 spandrel = need('spandrel', 'spandrel', 'This module')
 
 # where spandrel's own implementation of a network names a block otherwise than BasicSR's
 RENAMED = {'ESRGAN': (r'body\.(\d+)', r'model.1.sub.\1')}
-RANKED = ('adapter.probes', 'adapter.bases')  # whose length is a layer's rank
 ASSUMED = (
-    'the weights do not tell the heads and the routing of {network}: {heads} and signed are taken. '
+    'the weights do not tell the heads, the routing and RankNorm of {network}: {heads}, signed and true are taken. '
     'cea_arch.spandrel.load reads what the file says.'
 )
 
@@ -36,8 +34,8 @@ def install() -> None:
     """Teach spandrel's main registry both architectures; may be called again."""
     registry = spandrel.MAIN_REGISTRY
     # ours first: a network with CEA layers has all the keys of its base
-    others = tuple(one.architecture.id for one in registry if one.architecture.id not in ('CEANet', 'WithCEA'))
-    supports = [spandrel.ArchSupport.from_architecture(arch, before=others) for arch in (CEANetArch(), WithCEAArch())]
+    others = tuple(one.architecture.id for one in registry if one.architecture.id not in ('CEAIR', 'WithCEA'))
+    supports = [spandrel.ArchSupport.from_architecture(arch, before=others) for arch in (CEAIRArch(), WithCEAArch())]
     registry.add(*supports, ignore_duplicates=True)
 
 
@@ -49,22 +47,22 @@ def load(path: str | Path) -> spandrel.ImageModelDescriptor:
     """
     net = load_network(path)
     fit = find_fit(net, torch.device('cpu'))
-    architecture = CEANetArch() if isinstance(net, CEANet) else WithCEAArch()
+    architecture = CEAIRArch() if isinstance(net, CEAIR) else WithCEAArch()
     return _descriptor(net, architecture, [], fit.scale, 3, spandrel.SizeRequirements(multiple_of=fit.multiple))
 
 
-class CEANetArch(spandrel.Architecture[CEANet]):
-    """CEANet in its named sizes and others."""
+class CEAIRArch(spandrel.Architecture[CEAIR]):
+    """CEAIR in its named sizes and others."""
 
     def __init__(self) -> None:
-        keys = ('embed.weight', 'latent.0.attn.temperature', 'fuse.0.weight', 'refinement.0.ffn.dwconv.weight')
-        super().__init__(id='CEANet', detect=spandrel.util.KeyCondition.has_all(*keys))
+        keys = ('embed.weight', 'up.0.0.weight', 'fuse.0.weight', 'refinement.0.norm1.weight', 'output.weight')
+        super().__init__(id='CEAIR', detect=spandrel.util.KeyCondition.has_all(*keys))
 
-    def load(self, state_dict: Mapping[str, Any]) -> spandrel.ImageModelDescriptor[CEANet]:
-        """As spandrel asks; UserError where the shapes are no CEANet's."""
-        options = ceanet_options(state_dict)
-        net = CEANet(**options)
-        check_fit(net.state_dict(), state_dict, 'the weights do not fit CEANet')
+    def load(self, state_dict: Mapping[str, Any]) -> spandrel.ImageModelDescriptor[CEAIR]:
+        """As spandrel asks; UserError where the shapes are no CEAIR's."""
+        options = cea_ir_options(state_dict)
+        net = CEAIR(**options)
+        check_fit(net.state_dict(), state_dict, 'the weights do not fit CEAIR')
         net.load_state_dict(state_dict)
         tags = [options['size']] if len(options) == 1 else [f'{options["dim"]}dim']
         return _descriptor(net, self, tags, 1, state_dict['embed.weight'].shape[1])
@@ -102,8 +100,8 @@ class WithCEAArch(spandrel.Architecture[nn.Module]):
         )
 
 
-def ceanet_options(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Options of a CEANet by the names and shapes of its weights: ``size`` alone where it is a named one."""
+def cea_ir_options(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Options of a CEAIR by the names and shapes of its weights: ``size`` alone where it is a named one."""
     if size := named_size(weights):
         return {'size': size}
 
@@ -113,50 +111,71 @@ def ceanet_options(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     levels = range(NUM_LEVELS - 1)
     stages = [*(f'encoder.{level}' for level in levels), 'latent']
     dim, channels = weights['embed.weight'].shape[:2]
-    hidden = weights['latent.0.ffn.project_out.weight'].shape[1]
-    options = {
+    attention = 'latent.0.attn.temperature' in weights
+    hidden = weights[f'latent.0.{"ffn.project_out" if attention else "mixer_in"}.weight'].shape[1 if attention else 0]
+    options: dict[str, Any] = {
         'num_in_ch': channels,
-        'size': 'T',
+        'block': 'attention' if attention else 'conv',
         'dim': dim,
         'num_blocks': [blocks(stage) for stage in stages],
         'num_dec_blocks': [blocks(f'decoder.{level}') for level in levels],
         'num_refinement_blocks': blocks('refinement'),
-        'heads': [len(weights[f'{stage}.0.attn.temperature']) for stage in stages],
         # half a channel more, so that rounding down gives this number at every level
         'ffn_expansion_factor': (hidden + 0.5) / (dim * 2 ** (NUM_LEVELS - 1)),
+        'up_kernel': weights['up.0.0.weight'].shape[-1],
+        'pooled_scale': any('.pooled_scale.' in name for name in weights),
     }
-    present = {'encoder': 'encoder.0', 'latent': 'latent', 'decoder': 'decoder.0', 'refinement': 'refinement'}
-    options['cea_stages'] = [stage for stage, path in present.items() if f'{path}.0.cea.gamma' in weights]
-    if options['cea_stages']:
-        path = f'{present[options["cea_stages"][0]]}.0.cea.'
-        layer = _layer_options({n.removeprefix(path): v for n, v in weights.items() if n.startswith(path)}, 'CEANet')
-        options |= {'cea_width': layer.pop('width'), 'cea_heads': layer.pop('num_heads')} | layer
-    return options
+    if attention:
+        options['heads'] = [len(weights[f'{stage}.0.attn.temperature']) for stage in stages]
+    adapters: dict[str, dict[str, Tensor]] = {}
+    for name, value in weights.items():
+        path, is_cea, rest = re.sub(r'\.(mixer|ffn)_cea\.', r'.\1.cea.', name).partition('.cea.')
+        if is_cea:
+            adapters.setdefault(path, {})[rest] = value
+    layers = [_layer_options(layer, 'CEAIR') for layer in adapters.values()]
+    options['modulate'] = list(dict.fromkeys(name for layer in layers for name in layer.pop('parts')))
+    if not layers:
+        return options
+    options['cea_stages'] = [stage for stage in STAGES if any(path.startswith(f'{stage}.') for path in adapters)]
+    widths = {layer.pop('width') for layer in layers}
+    return options | {'cea_width': max(widths - {None}, default=None), 'cea_heads': layers[0].pop('heads')} | layers[0]
 
 
 def _layer_options(layer: Mapping[str, Tensor], network: str) -> dict[str, Any]:
-    """Options of a CEALayer by its weights: rank, width, num_heads, conditioning."""
-    if 'adapter.bases' in layer:
-        return {'rank': len(layer['adapter.bases']), 'width': 32, 'num_heads': 2, 'conditioning': 'static'}
-    rank, width = layer['adapter.probes'].shape
-    if 'adapter.describe.0.weight' in layer:
-        return {'rank': rank, 'width': width, 'num_heads': 1, 'conditioning': 'pooled'}
-    heads = math.gcd(width, 2)
-    warnings.warn(ASSUMED.format(network=network, heads=heads), stacklevel=4)
-    return {'rank': rank, 'width': width, 'num_heads': heads, 'conditioning': 'cross_attention'}
+    """Options of a hyper-adapter by its weights, and the names of its targets, ``parts``."""
+    if 'factors.queries' in layer:
+        rank, width = layer['factors.queries'].shape[1:]
+        kind = 'pooled' if 'factors.describe.0.weight' in layer else 'dynamic'
+        heads = 'factors.heads.to_bases.'
+        dim = next(len(value) for name, value in layer.items() if name.startswith(heads))
+        width = None if width == dim else width
+    else:
+        heads = 'factors.bases.'
+        rank, width = next(value.shape[1] for name, value in layer.items() if name.startswith(heads)), None
+        kind = 'static'
+    warnings.warn(ASSUMED.format(network=network, heads=4), stacklevel=4)
+    parts = dict.fromkeys(name.removeprefix(heads).partition('.')[0] for name in layer if name.startswith(heads))
+    return {'rank': rank, 'width': width, 'heads': 4, 'factors': kind, 'parts': list(parts)}
 
 
 def _inject(net: nn.Module, layers: Mapping[str, Mapping[str, Tensor]], name: str) -> None:
     """Put layers, weights by the paths of their targets, into ``net``."""
-    options = _layer_options(next(iter(layers.values())), name)
-    options['rank'] = {path: len(next(layer[k] for k in RANKED if k in layer)) for path, layer in layers.items()}
+    found = {
+        path: _layer_options({n.removeprefix('adapter.'): v for n, v in layer.items()}, name)
+        for path, layer in layers.items()
+    }
+    options = dict(next(iter(found.values())))
+    options['rank'] = {path: layer['rank'] for path, layer in found.items()}
+    parts = {path: ''.join(layer['parts']) for path, layer in found.items()}
+    targets = [path if parts[path] == 'out' else f'{path}:{parts[path]}' for path in found]
+    del options['parts']
     try:
-        inject_cea(net, list(layers), **options)
+        inject_cea(net, targets, **options)
     except ValueError as error:
         raise spandrel.UnsupportedModelError(f"CEA layers in spandrel's {name}: {error}") from error
-    found = {f'{path}.cea.{rest}': value for path, layer in layers.items() for rest, value in layer.items()}
-    check_fit(cea_state_dict(net), found, f'the CEA layers do not fit {name}')
-    net.load_state_dict(found, strict=False)
+    weights = {f'{path}.cea.{rest}': value for path, layer in layers.items() for rest, value in layer.items()}
+    check_fit(cea_state_dict(net), weights, f'the CEA layers do not fit {name}')
+    net.load_state_dict(weights, strict=False)
 
 
 def _descriptor(

@@ -1,8 +1,4 @@
-"""``cea study``: does CEA earn its place? The same training with CEANet's contrasts, for several seeds.
-
-With ``path.pretrain_network_g``, weights of CEANet, all of them start as that network without its CEA layers: a fresh
-CEA layer is the identity, and what a wider feed-forward has more adds nothing at first.
-"""
+"""``cea study``: does CEA earn its place? The same training with the paper's ablations, for several seeds."""
 
 import argparse
 import json
@@ -14,22 +10,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from cea_arch.archs.ceanet_arch import SIZES
-from cea_arch.checkpoints import build_network, check_fit, read_checkpoint, weights_of, write_checkpoint
+from cea_arch.checkpoints import build_network
 from cea_arch.errors import UserError, suggest
 from cea_arch.files import written_beside
+from cea_arch.networks.cea_ir import FFN_EXPANSION_FACTOR
 from cea_arch.options import read_options, write_options
 
-VARIANTS = {
-    'none': {'cea_stages': []},
-    'static': {'conditioning': 'static'},
-    'pooled': {'conditioning': 'pooled'},
-    'softmax': {'routing': 'softmax'},
+VARIANTS = {  # the paper's ablations by name: what of network_g each changes
+    'none': {'modulate': []},
+    'q': {'modulate': ['q']},
+    'k': {'modulate': ['k']},
+    'v': {'modulate': ['v']},
+    'qk': {'modulate': ['q', 'k']},
+    'qkv': {'modulate': ['q', 'k', 'v']},
+    'mixer': {'modulate': ['mixer']},
+    'ffn': {'modulate': ['ffn']},
+    'static': {'factors': 'static'},
+    'pooled': {'factors': 'pooled'},
     'topk': {'routing': 'topk'},
+    'static_topk': {'factors': 'static', 'routing': 'topk'},
+    'no_rank_norm': {'rank_norm': False},
+    'r4': {'rank': 4},
+    'r16': {'rank': 16},
     'cea': {},
 }
+DEFAULT = ('none', 'static', 'pooled', 'topk', 'cea')
 MOST_DIFFERENCE = 0.02  # of the number of parameters, between variants
 SAME = 0.002  # and what is not worth a change
 Scores = dict[str, float]
@@ -38,30 +44,27 @@ Scores = dict[str, float]
 def run(args: argparse.Namespace) -> int:
     """Train what is not trained yet, then write ``study.md`` and ``study.json``; returns 1 if a training failed."""
     opt = read_options(args.opt, args.set, args.force_yml)
-    if opt['network_g']['type'] != 'CEANet':
-        raise UserError(f'cea study varies CEANet; network_g is {opt["network_g"]["type"]}.')
+    if opt['network_g']['type'] != 'CEAIR':
+        raise UserError(f'cea study varies CEAIR; network_g is {opt["network_g"]["type"]}.')
     if 'psnr' not in (opt['val'].get('metrics') or {}):
         raise UserError('cea study needs psnr among val.metrics, such as by val.protocol: aio.')
-    variants = args.variants or list(VARIANTS)
+    if opt['path'].get('pretrain_network_g'):
+        raise UserError('cea study trains from nothing: path.pretrain_network_g must be ~.')
+    variants = args.variants or DEFAULT
     for name in variants:
         if name not in VARIANTS:
             raise UserError(f'variant {name!r} is not known.{suggest(name, VARIANTS)} Known: {", ".join(VARIANTS)}.')
+    networks = {name: opt['network_g'] | VARIANTS[name] for name in variants}
+    if args.match:
+        networks = {name: matched(network, opt['network_g'], name) for name, network in networks.items()}
+    counts = {name: _parameters(network) for name, network in networks.items()}  # each is built, before any trains
     folder = Path(args.root, 'experiments', f'{opt["name"]}_study')
     folder.mkdir(parents=True, exist_ok=True)
-    networks = matched(opt['network_g'], variants)
     runs = {(name, seed): f'{opt["name"]}_{name}_s{seed}' for seed in args.seeds for name in variants}
-    if pretrained := opt['path'].get('pretrain_network_g'):
-        weights = weights_of(read_checkpoint(pretrained), pretrained)
-        for (variant, seed), name in runs.items():
-            start = started(networks[variant], weights, pretrained, seed)
-            write_checkpoint({'params': start}, folder / f'{name}_start.pth')
 
     def train(variant: str, seed: int) -> bool:
         name = runs[variant, seed]
         changed = {'name': name, 'manual_seed': seed, 'network_g': networks[variant]}
-        if pretrained:
-            start = str(folder / f'{name}_start.pth')
-            changed['path'] = opt['path'] | {'pretrain_network_g': start, 'param_key_g': 'params'}
         file = folder / f'{name}.yml'
         write_options(opt | changed, file, f'cea study -opt {args.opt}: {variant}, seed {seed}')
         return _train(file, name, args.root, opt['train']['total_iter'])
@@ -70,7 +73,6 @@ def run(args: argparse.Namespace) -> int:
         done = list(pool.map(lambda key: train(*key), runs))
     failed = [name for name, good in zip(runs.values(), done, strict=True) if not good]
     results = {key: _scores(args.root, name) for key, name in runs.items() if name not in failed}
-    counts = {name: _parameters(network) for name, network in networks.items()}
     text = table(results, counts)
     content = {f'{variant}_s{seed}': scores for (variant, seed), scores in results.items()}
     for file, written in (('study.md', text), ('study.json', json.dumps({'parameters': counts, 'psnr': content}))):
@@ -82,57 +84,21 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def matched(network: dict[str, Any], variants: list[str]) -> dict[str, dict[str, Any]]:
-    """Each variant's options of the network: wider in the feed-forward where it has fewer parameters than CEA.
+def matched(network: dict[str, Any], model: dict[str, Any], name: str) -> dict[str, Any]:
+    """A variant's options with as many parameters as ``model`` has, by the width of its feed-forward.
 
     Raises:
         UserError: The numbers of parameters cannot be brought within two per cent of each other.
     """
-    wanted = _parameters(network)
-    start = network.get('ffn_expansion_factor') or SIZES[network.get('size', 'base')]['ffn_expansion_factor']
-    options = {}
-    for name in variants:
-        options[name] = changed = network | VARIANTS[name]
-        lacking = wanted - _parameters(changed)
-        if abs(lacking) > SAME * wanted:
-            for_one = _parameters(changed | {'ffn_expansion_factor': start + 1}) - _parameters(changed)
-            options[name] = changed | {'ffn_expansion_factor': round(start + lacking / for_one, 3)}
-        if abs(_parameters(options[name]) - wanted) > MOST_DIFFERENCE * wanted:
-            raise UserError(f'variant {name}: no width gives about the {wanted:,} parameters that CEA has.')
-    return options
-
-
-def started(network: dict[str, Any], weights: dict[str, Tensor], path: str, seed: int) -> dict[str, Tensor]:
-    """Weights with which a variant computes what CEANet does with ``weights``, from ``path``, its CEA layers taken out.
-
-    Raises:
-        UserError: The weights do not fit.
-    """
-    torch.manual_seed(seed)
-    state = build_network(network).state_dict()
-    shared = {name: value for name, value in state.items() if '.cea.' not in name}
-    found = {
-        name: _widened(value, shared[name]) if '.ffn.' in name and name in shared else value
-        for name, value in weights.items()
-        if '.cea.' not in name
-    }
-    check_fit(shared, found, f'{path} does not fit CEANet without CEA layers')
-    return state | found
-
-
-def _widened(old: Tensor, fresh: Tensor) -> Tensor:
-    """A weight of the gated feed-forward with more hidden channels: the first as before, the last without effect.
-
-    What is not narrower, or differs otherwise, comes back as it is.
-    """
-    more = [wide - narrow for wide, narrow in zip(fresh.shape, old.shape)]
-    if more[0] == 0 < more[1]:  # project_out, (C, hidden, 1, 1)
-        return nn.functional.pad(old, (0, 0, 0, 0, 0, more[1]))
-    if more[0] > 0 == more[1]:  # gate and value, each (hidden, ...)
-        wide, old = fresh.unflatten(0, (2, -1)).clone(), old.unflatten(0, (2, -1))
-        wide[:, : old.shape[1]] = old
-        return wide.flatten(0, 1)
-    return old
+    wanted = _parameters(model)
+    lacking = wanted - _parameters(network)
+    if abs(lacking) > SAME * wanted:
+        start = network.get('ffn_expansion_factor', FFN_EXPANSION_FACTOR)
+        for_one = _parameters(network | {'ffn_expansion_factor': start + 1}) - _parameters(network)
+        network = network | {'ffn_expansion_factor': round(start + lacking / for_one, 3)}
+    if abs(_parameters(network) - wanted) > MOST_DIFFERENCE * wanted:
+        raise UserError(f'variant {name}: no width gives about the {wanted:,} parameters that the option file has.')
+    return network
 
 
 def table(results: dict[tuple[str, int], Scores], counts: dict[str, int]) -> str:

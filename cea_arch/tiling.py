@@ -124,7 +124,7 @@ def restore_tiled(
     for _ in range(sweeps):
         for rows, columns in product(down, across):
             part = canvas.read(rows.all, columns.all)
-            with whole.collecting((rows.core, columns.core), tuple(part.shape[-2:])):
+            with whole.collecting((rows.core, columns.core), tuple(part.shape[-2:]), overlap):
                 net(part)
             progress(next(steps), total)
         whole.merge()

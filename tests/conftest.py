@@ -12,12 +12,12 @@ sys.path.insert(0, str(ROOT))
 from cea_arch.compat import HAS_BASICSR  # noqa: E402  before any test imports basicsr
 
 if not HAS_BASICSR:  # Python 3.13 and later: layers, networks, and restoring
-    without = ('test_cea', 'test_ceanet', 'test_comfyui', 'test_compat', 'test_demo', 'test_restore', 'test_restorer')
+    without = ('test_cea', 'test_cea_ir', 'test_comfyui', 'test_compat', 'test_demo', 'test_restore', 'test_restorer')
     without += ('test_video', 'test_whole_image')
     collect_ignore = [path.name for path in Path(__file__).parent.glob('test_*.py') if path.stem not in without]
 
 torch.set_num_threads(2)
-NET = {'type': 'CEANet', 'size': 'T', 'dim': 8, 'num_blocks': [1, 1, 1, 1], 'heads': [1, 1, 2, 4]}
+NET = {'type': 'CEAIR', 'size': 'T', 'dim': 8, 'num_blocks': [1, 1, 1, 1]}
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +142,7 @@ def workplace(tmp_path, photograph, monkeypatch):
             'total_iter': 7,
             'ema_decay': 0.9,
             'pixel_opt': {'type': 'L1Loss'},
-            'fft_opt': {'type': 'FFTLoss', 'loss_weight': 0.01},
+            'fft_opt': {'type': 'CEAFFTLoss', 'loss_weight': 0.01},
         },
         'val': {
             'val_freq': 4,
@@ -160,13 +160,13 @@ def workplace(tmp_path, photograph, monkeypatch):
 
 @pytest.fixture(scope='session')
 def small_net():
-    """A small CEANet that changes a picture visibly."""
-    from test_ceanet import TINY, lively
+    """A small CEAIR that changes a picture visibly."""
+    from test_cea_ir import TINY, lively
 
-    from cea_arch.archs.ceanet_arch import CEANet
+    from cea_arch.networks import CEAIR
 
     torch.manual_seed(0)
-    net = lively(CEANet(**TINY))
+    net = lively(CEAIR(**TINY))
     with torch.no_grad():
         net.output.weight.mul_(0.05 / net(torch.rand(1, 3, 32, 32)).std())  # a change that can be seen, not noise
     return net
@@ -175,10 +175,10 @@ def small_net():
 @pytest.fixture(scope='session')
 def model(small_net, tmp_path_factory):
     """Path of a file that holds ``small_net`` and its options."""
-    from test_ceanet import TINY
+    from test_cea_ir import TINY
 
     from cea_arch.checkpoints import write_checkpoint
 
     path = tmp_path_factory.mktemp('model') / 'net.pth'
-    write_checkpoint({'params': small_net.state_dict(), 'network_g': {'type': 'CEANet', **TINY}}, path)
+    write_checkpoint({'params': small_net.state_dict(), 'network_g': {'type': 'CEAIR', **TINY}}, path)
     return str(path)

@@ -50,7 +50,7 @@ def test_what_would_be_trained(workplace, check, monkeypatch):
     assert rows['training data'] == 'train, noise: gaussian_noise, 8 x 1 = 8 samples (100.0 %)'
     assert rows['batch'] == '3 (1 x 3, each computed in 3 parts)'
     assert rows['length'] == '10 iterations = 5.0 epochs of 2'
-    assert rows['fft_opt'] == 'FFTLoss(loss_weight 0.01)'
+    assert rows['fft_opt'] == 'CEAFFTLoss(loss_weight 0.01)'
     assert rows['optimizer'] == 'AdamW(lr 0.001)'
     assert rows['switches'] == 'ema_decay 0.9, grad_clip 1.0'
     assert rows['validation'] == 's25: 8 images'
@@ -190,6 +190,6 @@ def test_cea_schema_prints_it(capsys):
     assert main(['schema']) == 0
     schema = json.loads(capsys.readouterr().out)
     cases = schema['$defs']['network']['allOf']
-    ceanet = next(case['then'] for case in cases if case['if']['properties']['type']['const'] == 'CEANet')
+    ceanet = next(case['then'] for case in cases if case['if']['properties']['type']['const'] == 'CEAIR')
     assert ceanet['properties']['rank'] == {'type': 'integer'}
     assert ceanet['properties']['dim'] == {'anyOf': [{'type': 'integer'}, {'type': 'null'}]}

@@ -4,23 +4,23 @@ import pickle
 
 import pytest
 import torch
-from test_ceanet import TINY, lively
+from test_cea_ir import TINY, lively
 
-from cea_arch.archs.ceanet_arch import SIZES, CEANet
 from cea_arch.checkpoints import build_network, load_network, network_options, read_checkpoint, write_checkpoint
 from cea_arch.cli import main
 from cea_arch.compat import HAS_BASICSR
 from cea_arch.errors import UserError
 from cea_arch.layers import CEALayer
+from cea_arch.networks.cea_ir import CEAIR, SIZES
 
-OPTIONS = {'type': 'CEANet', **TINY}
+OPTIONS = {'type': 'CEAIR', **TINY}
 needs_basicsr = pytest.mark.skipif(not HAS_BASICSR, reason='basicsr does not build on this Python')
 
 
 @pytest.fixture(scope='module')
 def net():
     torch.manual_seed(0)
-    return lively(CEANet(**TINY))
+    return lively(CEAIR(**TINY))
 
 
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
@@ -50,7 +50,7 @@ def test_keys_and_prefixes(net, tmp_path, prefix, key):
         content['params'] = {name: value * 0 for name, value in weights.items()}
     torch.save(content, tmp_path / 'a.pth')
     if key is None:
-        with pytest.raises(UserError, match=r'does not say what network .* not those of CEANet in size base, S, T'):
+        with pytest.raises(UserError, match=r'does not say what network .* not those of CEAIR in size base, S, T'):
             load_network(tmp_path / 'a.pth')
     else:
         torch.testing.assert_close(load_network(tmp_path / 'a.pth').state_dict(), net.state_dict(), rtol=0, atol=0)
@@ -59,8 +59,8 @@ def test_keys_and_prefixes(net, tmp_path, prefix, key):
 @pytest.mark.parametrize('size', SIZES)
 def test_named_sizes_are_recognised_by_their_shapes(size):
     with torch.device('meta'):
-        weights = CEANet(size=size).state_dict()
-    assert network_options({'params': weights}, 'x') == {'type': 'CEANet', 'size': size}
+        weights = CEAIR(size=size).state_dict()
+    assert network_options({'params': weights}, 'x') == {'type': 'CEAIR', 'size': size}
 
 
 class Evil:
@@ -99,8 +99,8 @@ def test_other_mistakes_are_named(net, tmp_path):
     torch.save({'params': weights, 'network_g': OPTIONS}, tmp_path / 'a.pth')
     with pytest.raises(UserError, match=r'1 missing \(embed.weight\); 1 unexpected \(more\); 1 of another shape'):
         load_network(tmp_path / 'a.pth')
-    with pytest.raises(UserError, match=r"network 'CEANet' cannot be built: .*'depth'"):
-        build_network({'type': 'CEANet', 'depth': 3})
+    with pytest.raises(UserError, match=r"network 'CEAIR' cannot be built: .*'depth'"):
+        build_network({'type': 'CEAIR', 'depth': 3})
 
 
 def test_safetensors_are_read_as_the_library_writes_them(tmp_path):
@@ -166,7 +166,7 @@ def test_networks_of_the_registry():
 def test_a_frozen_runs_layers_are_told_from_a_whole_network(tmp_path, capsys):
     base = {'type': 'SwinIR', 'upscale': 1, 'window_size': 8, 'embed_dim': 8, 'depths': [1], 'num_heads': [2]}
     base |= {'img_size': 16, 'drop_path_rate': 0.0}
-    options = {'type': 'WithCEA', 'base': base, 'rank': 2, 'width': 4, 'num_heads': 1}
+    options = {'type': 'WithCEA', 'base': base, 'rank': 2}
     torch.manual_seed(0)
     net = build_network(options)
     layers = {name: value for name, value in net.state_dict().items() if '.cea.' in name}

@@ -38,8 +38,8 @@ except ImportError:
 import cea_arch, basicsr
 from basicsr.utils.registry import *
 from basicsr.utils import registry
-for name, kind in (('CEANet', 'ARCH'), ('CEABlock', 'ARCH'), ('CEALayer', 'ARCH'), ('AllInOneDataset', 'DATASET'),
-                   ('FFTLoss', 'LOSS'), ('calculate_ssim_uniform', 'METRIC'), ('CEAModel', 'MODEL')):
+for name, kind in (('CEAIR', 'ARCH'), ('CEABlock', 'ARCH'), ('CEALayer', 'ARCH'), ('AllInOneDataset', 'DATASET'),
+                   ('CEAFFTLoss', 'LOSS'), ('calculate_ssim_uniform', 'METRIC'), ('CEAModel', 'MODEL')):
     assert name in getattr(registry, kind + '_REGISTRY'), name
 assert basicsr.utils is not None
 """,
@@ -98,12 +98,12 @@ def test_layers_and_networks_run_without_basicsr():
         BLOCK
         + """
 import torch
-from cea_arch.archs.ceanet_arch import CEANet
+from cea_arch.networks import CEAIR
 from cea_arch.archs.with_cea_arch import WithCEA
 from cea_arch.compat import ARCH_REGISTRY
 from cea_arch.layers import CEALayer
-assert CEANet(size='T')(torch.rand(1, 3, 9, 9)).shape == (1, 3, 9, 9)
-assert CEALayer(4)(torch.rand(1, 4, 2, 2)).shape == (1, 4, 2, 2)
+assert CEAIR(size='T')(torch.rand(1, 3, 9, 9)).shape == (1, 3, 9, 9)
+assert CEALayer(4)(*torch.rand(2, 1, 4, 2, 2)).shape == (1, 4, 2, 2)
 assert not any(name.startswith('basicsr') for name in sys.modules)
 for look_up in (lambda: ARCH_REGISTRY.get('SwinIR'), lambda: WithCEA({'type': 'SwinIR'})):
     try:

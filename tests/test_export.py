@@ -16,8 +16,8 @@ def injected(kind):
     """A network whose layers are off their zero start."""
     torch.manual_seed(0)
     net = Foreign() if kind == 'Foreign' else build(kind)
-    targets = ['stem.0', 'pixels.*', 'tokens'] if kind == 'Foreign' else AUTO_TARGETS[kind]
-    inject_cea(net, targets, rank=4, width=8)
+    targets = ['stem.1', 'pixels.*', 'tokens'] if kind == 'Foreign' else AUTO_TARGETS[kind]
+    inject_cea(net, targets, rank=4)
     awaken(net)
     net.zero_grad()
     return net.eval()
@@ -56,7 +56,7 @@ def test_a_frozen_with_cea_is_exported_whole(tmp_path):
     base = build('MSRResNet')
     torch.save(base.state_dict(), tmp_path / 'base.pth')
     options = {'type': 'MSRResNet', 'num_feat': 8, 'num_block': 2, 'upscale': 3}
-    net = WithCEA(options, rank=4, width=8, pretrained_base=str(tmp_path / 'base.pth'), freeze_base=True).eval()
+    net = WithCEA(options, rank=4, pretrained_base=str(tmp_path / 'base.pth'), freeze_base=True).eval()
     x = torch.rand(1, 3, *SIZES[1])
     torch.testing.assert_close(exported(net).module()(x), net(x))
 

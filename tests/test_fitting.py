@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from test_ceanet import lively
+from test_cea_ir import lively
 from test_inject import awaken, build, options_of
 from torch import nn
 

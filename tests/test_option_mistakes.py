@@ -28,7 +28,7 @@ datasets:
     num_worker_per_gpu: 2
     batch_size_per_gpu: 4
 network_g:
-  type: CEANet
+  type: CEAIR
   size: T
   rank: 8
 train:
@@ -121,7 +121,7 @@ MISTAKES = {
     'argument of another kind': ('rank: 8', 'rank: [8]', 'network_g.rank must be a whole number, got [8].'),
     'word that an argument does not know': (
         'pixel_opt: {type: L1Loss}',
-        'fft_opt: {type: FFTLoss, norm: none}',
+        'fft_opt: {type: CEAFFTLoss, norm: none}',
         "train.fft_opt.norm must be one of forward, backward, ortho, got 'none'.",
     ),
     'negative number of GPUs': (
@@ -218,7 +218,7 @@ def test_keys_of_basicsrs_models_come_from_their_source(file, tmp_path, model):
     (tmp_path / 'o.yml').write_text(text)
     read_options(file)
     with pytest.raises(UserError) as error:
-        read_options(file, ['train.fft_opt={type: FFTLoss}'])
+        read_options(file, ['train.fft_opt={type: CEAFFTLoss}'])
     assert BASICSR[model] in str(error.value)
     with pytest.raises(UserError, match=r"train.optim_g.type must be Adam, got 'AdamW'"):
         read_options(file, ['train.optim_g.type=AdamW'])

@@ -7,7 +7,6 @@ import torch
 import yaml
 from torch import nn
 
-from cea_arch.archs.ceanet_arch import CEANet
 from cea_arch.cli import main
 from cea_arch.costs import (
     REST,
@@ -21,11 +20,12 @@ from cea_arch.costs import (
     peak_memory,
 )
 from cea_arch.errors import UserError
-from cea_arch.layers import CEALayer, inject_cea
-from cea_arch.profiling import TWO_PRODUCTS, markdown, network_of_code, without_cea
+from cea_arch.layers import CEALayer, HyperAdapter, inject_cea
+from cea_arch.networks import CEAIR
+from cea_arch.profiling import markdown, network_of_code, without_cea
 
 CPU = torch.device('cpu')
-TINY = {'dim': 8, 'num_blocks': [1, 1, 1, 1], 'heads': [1, 1, 2, 4]}
+TINY = {'dim': 8, 'num_blocks': [1, 1, 1, 1]}
 COLUMNS = '| network | pixels | parameters | GMACs | ms | spread | ns per pixel | memory MiB | time to first |'
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -86,13 +86,20 @@ def test_peak_memory_is_that_of_the_tensors():
 
 def test_a_breakdown_gives_each_module_its_own():
     net = small_network()
-    inject_cea(net, '3', rank=2, example=torch.rand(1, 3, 8, 8))
+    inject_cea(net, '3', rank=2)
     x = torch.rand(1, 3, 8, 8)
     labels = by_type(net)
-    assert sorted(labels.values()) == ['CEALayer', 'Conv2d', 'Conv2d', 'GELU']  # not the one with a child
+    assert sorted(labels.values()) == [
+        'CEALayer',
+        'Conv2d',
+        'Conv2d',
+        'GELU',
+        'HyperAdapter',
+    ]  # not the one with a child
     reads = iter(range(100))
-    assert breakdown(labels, lambda: net(x), lambda: next(reads)) == {'Conv2d': 2, 'GELU': 1, 'CEALayer': 1, REST: 5}
-    assert not any(m._forward_hooks for m in labels if not isinstance(m, CEALayer))
+    own = {'Conv2d': 2, 'GELU': 1, 'CEALayer': 2, 'HyperAdapter': 1}
+    assert breakdown(labels, lambda: net(x), lambda: next(reads)) == own | {REST: 5}
+    assert not any(m._forward_hooks for m in labels)
     macs = mac_breakdown(labels, lambda: net(x))
     assert macs['Conv2d'] == 64 * (216 + 72)
     assert macs[REST] == 64 * 32
@@ -100,7 +107,7 @@ def test_a_breakdown_gives_each_module_its_own():
 
 
 def test_stages_are_the_networks_children():
-    net = CEANet(size='T', **TINY)
+    net = CEAIR(size='T', **TINY)
     assert set(by_stage(net).values()) == {name for name, _ in net.named_children()}
     assert list(by_stage(nn.Sequential(small_network())).values()) == ['0', '1', '2', '3']
 
@@ -119,28 +126,30 @@ def test_ratios_are_of_calls_side_by_side():
 
 
 def test_without_cea_layers_all_else_stays():
-    net = CEANet(size='T', **TINY)
+    net = CEAIR(size='T', **TINY)
     bare = without_cea(net, 'mine')
-    layers = [m for m in net.modules() if isinstance(m, CEALayer)]
+    layers = [m for m in net.modules() if isinstance(m, HyperAdapter)]
     cea = sum(p.numel() for layer in layers for p in layer.parameters())
-    assert len(layers) == 5
+    assert len(layers) == 4
     assert sum(p.numel() for p in net.parameters()) - sum(p.numel() for p in bare.parameters()) == cea > 0
-    assert bare.state_dict().keys() == CEANet(size='T', cea_stages=(), **TINY).state_dict().keys()
+    assert bare.state_dict().keys() == CEAIR(size='T', modulate=(), **TINY).state_dict().keys()
     with pytest.raises(UserError, match='--without-cea: mine has no CEA layers'):
         without_cea(bare, 'mine')
 
 
-def test_all_formulations_of_the_assembly_agree():
-    tokens = torch.randn(1, 6, 20).mT
-    bases, directions = torch.randn(2, 1, 3, 6)
-    expected = tokens @ bases.mT @ directions / 6**0.5
-    for product in TWO_PRODUCTS.values():
-        torch.testing.assert_close(product(bases, directions, tokens).reshape(6, 20), expected[0].T)
+def test_injected_layers_are_taken_out_with_their_hooks():
+    net = small_network()
+    inject_cea(net, '3', rank=2)
+    nn.init.ones_(net[3].cea.gamma)
+    x = torch.rand(1, 3, 8, 8)
+    bare = without_cea(net, 'mine')
+    assert bare.state_dict().keys() == small_network().state_dict().keys()
+    assert (bare(x) - net(x)).abs().max() > 0.01
 
 
 def test_a_table_of_networks(tmp_path, capsys):
     file = tmp_path / 'mine.yml'
-    file.write_text(yaml.safe_dump({'network_g': {'type': 'CEANet', 'size': 'T', **TINY}}))
+    file.write_text(yaml.safe_dump({'network_g': {'type': 'CEAIR', 'size': 'T', **TINY}}))
     output = tmp_path / 'costs.json'
     words = f'profile -opt {file} --size T --without-cea --pixels 16 24 --layers stage --repeats 2 --device cpu'
     assert main([*words.split(), '--output', str(output)]) == 0
@@ -148,14 +157,14 @@ def test_a_table_of_networks(tmp_path, capsys):
     assert COLUMNS in printed.splitlines()
     assert '| network | pixels | parameters more | GMACs more | memory more | time more |' in printed
     figures = json.loads(output.read_text())
-    names = ['CEANet-T', 'CEANet-T without CEA', 'mine', 'mine without CEA']
+    names = ['CEA-IR-T', 'CEA-IR-T without CEA', 'mine', 'mine without CEA']
     assert [(row['network'], row['pixels']) for row in figures['networks']] == [
         (name, side) for side in (16, 24) for name in names
     ]
     whole, bare = figures['networks'][4:6]
-    assert whole['parameters'] == sum(p.numel() for p in CEANet(size='T').parameters())
+    assert whole['parameters'] == sum(p.numel() for p in CEAIR(size='T').parameters())
     share = figures['CEA adds'][2]
-    assert (share['network'], share['pixels']) == ('CEANet-T', 24)
+    assert (share['network'], share['pixels']) == ('CEA-IR-T', 24)
     assert share['GMACs more'] == pytest.approx(whole['GMACs'] / bare['GMACs'] - 1)
     stages = [row for row in figures['by stage'] if (row['network'], row['pixels']) == ('mine', 24)]
     assert sum(row['GMACs'] for row in stages) == pytest.approx(figures['networks'][6]['GMACs'])
@@ -197,17 +206,22 @@ def test_training_costs_thrice_the_products(tmp_path):
 def test_a_table_of_the_layer(words, capsys):
     assert main(f'profile --layer --dim 8 --rank 2 --pixels 8 --repeats 1 --device cpu {words}'.split()) == 0
     lines = capsys.readouterr().out.splitlines()
-    header = '| part | C | r | pixels | ms | spread | copies | 1x1 convolutions | memory MiB |'
-    rows = lines[lines.index(header) + 2 :]
-    assert [row.split(' | ')[0] for row in rows if row.startswith('|')] == [
+    header = '| part | C | r | pixels | MMACs | ms | spread | to projection | to block | memory MiB |'
+    rows = [row.split(' | ') for row in lines[lines.index(header) + 2 :] if row.startswith('|')]
+    assert [row[0] for row in rows] == [
         '| copy',
-        '| 1x1 convolution',
-        '| CEA layer',
-        '| its normalisation',
-        '| its conditioning',
-        '| its assembly, added',
-        *(f'| yardstick: {name}' for name in TWO_PRODUCTS),
+        '| projection C -> 3C',
+        '| adapted by CEA, merged',
+        '| adapted by CEA, assembled',
+        '| its reading and writing',
+        '| block without CEA',
+        '| block with CEA',
     ]
+    macs = {row[0][2:]: float(row[4]) for row in rows}
+    once = 1 if words != '--train' else 3
+    assert macs['projection C -> 3C'] == pytest.approx(once * 64 * 8 * 24 / 1e6, rel=1e-3)
+    assert macs['adapted by CEA, merged'] < macs['adapted by CEA, assembled']
+    assert macs['block without CEA'] < macs['block with CEA']
 
 
 def test_numbers_stand_right_and_shares_in_per_cent():
@@ -225,12 +239,12 @@ def test_numbers_stand_right_and_shares_in_per_cent():
         ('', 'name networks, by -opt, --size or --code, or use --layer.'),
         ('--code none.py:Net', "--code none.py:Net: expected 'NAME=FILE.py:Class(word=value)'; [Errno 2] No such file"),
         ('--code Net', "--code Net: expected 'NAME=FILE.py:Class(word=value)'; it is not of that form."),
-        ('--size 256', "--size: CEANet comes in base, S, T, not '256'; image sizes go to --pixels."),
+        ('--size 256', "--size: CEAIR comes in base, S, T, not '256'; image sizes go to --pixels."),
         ('--size T --repeats 0', '--repeats must be at least 1, got 0.'),
         ('--size T --pixels 64 0', '--pixels must be at least 1, got 0.'),
         ('--layer --rank 0', '--rank must be at least 1, got 0.'),
-        ('--layer --width 9', '--layer: width must be a multiple of num_heads, got width=9'),
-        ('--layer --size T', '--layer measures a CEA layer alone: leave out'),
+        ('--layer --dim 9', '--layer: width must be a multiple of heads, got width=9'),
+        ('--layer --size T', '--layer measures one block: leave out'),
         ('--size T --device none', "device 'none' cannot be used"),
         ('-opt absent.yml', 'absent.yml'),
     ],

@@ -293,6 +293,6 @@ def test_the_weights_of_the_package_restore_photographs(photograph, tmp_path, de
 def test_the_weights_of_the_package_are_small_and_have_a_card():
     assert PACKAGED_WEIGHTS.stat().st_size < 4 * 2**20
     content = read_checkpoint(PACKAGED_WEIGHTS)
-    assert content['network_g'] == {'type': 'CEANet', 'size': 'T'}
+    assert content['network_g'] == {'type': 'CEAIR', 'size': 'T'}
     assert {value.dtype for value in content['params'].values()} == {torch.float16}
     assert 'options/cea_photos.yml' in (PACKAGED_WEIGHTS.parent / 'README.md').read_text('utf-8')

@@ -1,16 +1,15 @@
-"""Files of CEANet and of injected networks, loaded by spandrel."""
+"""Files of CEAIR and of injected networks, loaded by spandrel."""
 
 import pytest
 import torch
-from test_ceanet import TINY
+from test_cea_ir import TINY
 from test_inject import ARCHS, options_of
 
-from cea_arch.archs.ceanet_arch import CEANet
 from cea_arch.archs.with_cea_arch import WithCEA
 from cea_arch.checkpoints import write_checkpoint
 from cea_arch.errors import UserError
 from cea_arch.fitting import Fit
-from cea_arch.layers.cea import RESIDUAL_STD
+from cea_arch.networks import CEAIR
 
 spandrel = pytest.importorskip('spandrel', reason='needs the extra: pip install -e ".[spandrel]"')
 ours = pytest.importorskip('cea_arch.spandrel')
@@ -35,7 +34,7 @@ def alive(net):
     with torch.no_grad():
         for name, p in net.named_parameters():
             if not p.any():
-                p.normal_(std=0.3 / RESIDUAL_STD if name.endswith('gamma') else 0.3)
+                p.normal_(std=0.03 if name.endswith('gamma') else 0.3)
     return net.eval()
 
 
@@ -57,15 +56,15 @@ def check(descriptor, net, fit=NO_CHANGE, multiple=1):
 
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
 @pytest.mark.parametrize('size', ['T', 'S', 'base'])
-def test_ceanet_of_named_sizes(size, suffix, tmp_path, recwarn):
+def test_cea_ir_of_named_sizes(size, suffix, tmp_path, recwarn):
     if size == 'base' and suffix == '.pth':
         pytest.skip('large; one format is enough')
     options = {'size': size}
-    net = alive(CEANet(**options))
+    net = alive(CEAIR(**options))
     with torch.no_grad():  # a change as large as a restoration's, around grey
         net.output.weight.mul_(0.1 / (net(torch.rand(1, 3, 32, 32)) - 0.5).std())
-    found = spandrel.ModelLoader().load_from_file(write(net, {'type': 'CEANet', **options}, tmp_path / f'a{suffix}'))
-    assert (found.architecture.id, found.scale, found.purpose) == ('CEANet', 1, 'Restoration')
+    found = spandrel.ModelLoader().load_from_file(write(net, {'type': 'CEAIR', **options}, tmp_path / f'a{suffix}'))
+    assert (found.architecture.id, found.scale, found.purpose) == ('CEAIR', 1, 'Restoration')
     assert (found.input_channels, found.output_channels, found.size_requirements.none) == (3, 3, True)
     assert found.tags == [size, 'CEA']
     assert (found.supports_half, found.supports_bfloat16) == (True, True)
@@ -79,24 +78,26 @@ def test_ceanet_of_named_sizes(size, suffix, tmp_path, recwarn):
 @pytest.mark.parametrize(
     'options',
     [
-        TINY | {'cea_heads': 2, 'cea_width': 16},
-        TINY | {'cea_heads': 2, 'ffn_expansion_factor': 2.66, 'rank': 5, 'cea_stages': ['encoder', 'refinement']},
-        TINY | {'conditioning': 'pooled', 'num_dec_blocks': [1, 2, 3], 'num_refinement_blocks': 2},
-        TINY | {'conditioning': 'static', 'num_blocks': [2, 1, 3, 1]},
-        TINY | {'cea_stages': []},
+        TINY | {'cea_width': 16, 'modulate': ['mixer', 'ffn'], 'pooled_scale': True},
+        TINY | {'ffn_expansion_factor': 2.66, 'rank': 5, 'cea_stages': ['encoder', 'refinement']},
+        TINY | {'factors': 'pooled', 'num_dec_blocks': [1, 2, 3], 'num_refinement_blocks': 2},
+        TINY | {'factors': 'static', 'num_blocks': [2, 1, 3, 1]},
+        TINY | {'block': 'attention', 'modulate': ['q', 'k', 'ffn'], 'up_kernel': 3, 'heads': [1, 1, 2, 4]},
+        TINY | {'block': 'attention', 'modulate': ['v'], 'factors': 'pooled', 'ffn_expansion_factor': 2.66},
+        TINY | {'modulate': []},
     ],
 )
-def test_ceanet_by_its_shapes(options):
-    net = alive(CEANet(**options))
+def test_cea_ir_by_its_shapes(options):
+    net = alive(CEAIR(**options))
     found = spandrel.MAIN_REGISTRY.load(net.state_dict())
     check(found, net)
 
 
 def test_the_heads_that_no_shape_tells_are_read_from_the_file(tmp_path):
-    options = {'type': 'CEANet', **TINY, 'cea_heads': 4}
-    net = alive(CEANet(**TINY, cea_heads=4))
+    options = {'type': 'CEAIR', **TINY, 'cea_heads': 2}
+    net = alive(CEAIR(**TINY, cea_heads=2))
     path = write(net, options, tmp_path / 'a.pth')
-    with pytest.warns(UserWarning, match='heads and the routing of CEANet: 2 and signed are taken'):
+    with pytest.warns(UserWarning, match='the heads, the routing and RankNorm of CEAIR: 4, signed and true are taken'):
         spandrel.ModelLoader().load_from_file(path)
     check(ours.load(path), net)
 
@@ -104,9 +105,9 @@ def test_the_heads_that_no_shape_tells_are_read_from_the_file(tmp_path):
 @pytest.mark.parametrize(
     ('kind', 'scale', 'base'), [('SwinIR', 1, 'SwinIR'), ('RRDBNet', 2, 'ESRGAN'), ('SRVGGNetCompact', 2, 'Compact')]
 )
-@pytest.mark.parametrize('conditioning', ['cross_attention', 'static'])
-def test_injected_networks_whose_base_spandrel_knows(kind, scale, base, conditioning, tmp_path):
-    net, options = injected(kind, conditioning=conditioning)
+@pytest.mark.parametrize('factors', ['dynamic', 'static'])
+def test_injected_networks_whose_base_spandrel_knows(kind, scale, base, factors, tmp_path):
+    net, options = injected(kind, factors=factors)
     found = spandrel.ModelLoader().load_from_file(write(net, options, tmp_path / 'a.pth'))
     assert (found.architecture.id, found.scale) == ('WithCEA', scale)
     assert found.purpose == ('SR' if scale > 1 else 'Restoration')
@@ -139,7 +140,7 @@ def test_what_cannot_be_loaded_says_why():
     net, _ = injected('RRDBNet', targets='body.*.rdb1')
     with pytest.raises(spandrel.UnsupportedModelError, match=r"CEA layers in spandrel's ESRGAN: .*body\.0\.rdb1"):
         spandrel.MAIN_REGISTRY.load(net.state_dict())
-    weights = CEANet(**TINY).state_dict()
+    weights = CEAIR(**TINY).state_dict()
     weights['down.0.conv.weight'] = weights['down.0.conv.weight'][:1]
-    with pytest.raises(UserError, match=r'do not fit CEANet: .* of another shape'):
+    with pytest.raises(UserError, match=r'do not fit CEAIR: .* of another shape'):
         spandrel.MAIN_REGISTRY.load(weights)

@@ -1,16 +1,15 @@
-"""``cea study``: CEANet against its contrasts, alike in data, steps and parameters."""
+"""``cea study``: CEAIR against the paper's ablations, alike in data and steps."""
 
 import json
 
 import pytest
 import torch
 import yaml
-from torch import nn
 
 from cea_arch import study
-from cea_arch.archs.ceanet_arch import CEANet
 from cea_arch.cli import main
 from cea_arch.errors import UserError
+from cea_arch.networks import CEAIR
 
 
 def command(folder, opt, *words):
@@ -18,52 +17,33 @@ def command(folder, opt, *words):
     return main(['study', '-opt', 'o.yml', *words])
 
 
-@pytest.mark.parametrize('size', ['T', 'S'])
-def test_variants_have_about_the_same_number_of_parameters(size):
-    networks = study.matched({'type': 'CEANet', 'size': size}, list(study.VARIANTS))
-    counts = {}
-    for name, options in networks.items():
-        net = CEANet(**{key: value for key, value in options.items() if key != 'type'})
-        counts[name] = sum(p.numel() for p in net.parameters())
-        assert hasattr(net.refinement[0], 'cea') == (name != 'none')
-    assert networks['cea'] == {'type': 'CEANet', 'size': size}
-    assert max(counts.values()) <= 1.02 * min(counts.values())
-
-
-@pytest.mark.parametrize('variant', study.VARIANTS)
-def test_variants_start_as_the_network_without_cea_layers(variant):
-    torch.manual_seed(0)
-    bare = CEANet(size='T', cea_stages=[])
-    for weight in bare.parameters():  # away from the identity that a fresh network is
-        nn.init.normal_(weight, weight.mean().item(), 0.1)
-    options = study.matched({'type': 'CEANet', 'size': 'T'}, [variant])[variant]
-    net = CEANet(**{key: value for key, value in options.items() if key != 'type'})
-    weights = bare.state_dict() | {'latent.0.cea.gamma': torch.ones(128)}  # a CEA layer of the start is left out
-    net.load_state_dict(study.started(options, weights, 'bare.pth', seed=1))
-    x = torch.rand(1, 3, 40, 24)
-    assert (bare(x) - x).abs().mean() > 0.01
-    torch.testing.assert_close(net(x), bare(x))
-    net(x).square().sum().backward()
-    assert net.refinement[0].ffn.project_out.weight.grad[:, -1].abs().sum() > 0  # what is new learns
+def parameters(options):
+    with torch.device('meta'):
+        return sum(p.numel() for p in CEAIR(**{key: v for key, v in options.items() if key != 'type'}).parameters())
 
 
 @pytest.mark.parametrize(
-    ('other', 'complaint'),
+    ('size', 'variants'),
     [
-        ({'ffn_expansion_factor': 4.0}, 'of another shape'),
-        ({'size': 'S'}, 'of another shape'),
+        ('T', ['none', 'mixer', 'ffn', 'static', 'pooled', 'topk', 'static_topk', 'no_rank_norm', 'r4', 'r16', 'cea']),
+        ('S', [name for name in study.VARIANTS if name != 'mixer']),
     ],
 )
-def test_a_start_of_another_network_is_refused(other, complaint):
-    weights = CEANet(**{'size': 'T'} | other).state_dict()
-    with pytest.raises(UserError, match=f'does not fit CEANet without CEA layers: .* {complaint}'):
-        study.started({'type': 'CEANet', 'size': 'T'}, weights, 'net.pth', seed=0)
+def test_every_ablation_of_the_paper_is_a_network_and_can_be_matched(size, variants):
+    network = {'type': 'CEAIR', 'size': size}
+    counts = {name: parameters(network | study.VARIANTS[name]) for name in variants}
+    assert counts['none'] < counts['static'] < counts['cea'] == counts['topk'] == counts['no_rank_norm']
+    assert counts['r4'] < counts['cea'] < counts['r16']
+    matched = [parameters(study.matched(network | study.VARIANTS[name], network, name)) for name in variants]
+    assert max(matched) <= 1.02 * min(matched)
+    assert study.matched(network | study.VARIANTS['cea'], network, 'cea') == network
 
 
 def test_widths_that_cannot_be_matched(monkeypatch):
     monkeypatch.setattr(study, 'MOST_DIFFERENCE', 1e-6)
-    with pytest.raises(UserError, match='variant none: no width gives about the 796,483 parameters that CEA has'):
-        study.matched({'type': 'CEANet', 'size': 'T'}, ['none'])
+    network = {'type': 'CEAIR', 'size': 'S'}
+    with pytest.raises(UserError, match='variant none: no width gives about the 9,711,526 parameters that the option'):
+        study.matched(network | study.VARIANTS['none'], network, 'none')
 
 
 def test_a_study_trains_each_variant_once(workplace, capsys, monkeypatch):
@@ -72,9 +52,6 @@ def test_a_study_trains_each_variant_once(workplace, capsys, monkeypatch):
     opt['train']['total_iter'] = 1
     opt['val'] |= {'save_img': False}
     opt['datasets']['val_1']['group'] = opt['datasets']['val_2']['group'] = 'noise'
-    bare = {key: value for key, value in opt['network_g'].items() if key != 'type'} | {'cea_stages': []}
-    torch.save({'params': CEANet(**bare).state_dict()}, folder / 'bare.pth')
-    opt['path'] = {'pretrain_network_g': 'bare.pth'}
     words = ['--variants', 'none', 'cea', '--seeds', '3', '--jobs', '2']
     assert command(folder, opt, *words) == 0
     assert capsys.readouterr().err.count('training') == 2
@@ -84,7 +61,7 @@ def test_a_study_trains_each_variant_once(workplace, capsys, monkeypatch):
     assert scores['**mean of noise**'] == pytest.approx((scores['s25'] + scores['s50']) / 2)
     options = yaml.safe_load((folder / 'experiments/run_none_s3/options.yml').read_text())
     assert options['manual_seed'] == 3
-    assert options['network_g']['cea_stages'] == []
+    assert options['network_g']['modulate'] == []
     monkeypatch.setattr(study.subprocess, 'run', lambda *args, **options: pytest.fail('trained again'))
     assert command(folder, opt, *words) == 0
     assert capsys.readouterr().out == (folder / 'experiments/run_study/study.md').read_text()
@@ -115,8 +92,10 @@ def test_a_training_that_fails_is_named(workplace, capsys):
     ('change', 'words', 'message'),
     [
         ({}, ['--variants', 'statc'], "variant 'statc' is not known. Did you mean 'static'?"),
-        ({'network_g': {'type': 'SRVGGNetCompact'}}, [], 'cea study varies CEANet; network_g is SRVGGNetCompact.'),
+        ({'network_g': {'type': 'SRVGGNetCompact'}}, [], 'cea study varies CEAIR; network_g is SRVGGNetCompact.'),
         ({'val': {'val_freq': 1}}, [], 'cea study needs psnr among val.metrics'),
+        ({}, ['--set', 'path.pretrain_network_g=o.yml'], 'cea study trains from nothing: path.pretrain_network_g must'),
+        ({}, ['--variants', 'qk'], "network 'CEAIR' cannot be built: modulate may hold mixer, ffn, got 'q'"),
     ],
 )
 def test_what_cannot_be_studied(workplace, capsys, change, words, message):

@@ -16,11 +16,11 @@ import torch
 import yaml
 from conftest import ROOT
 
-from cea_arch.archs.ceanet_arch import CEANet
 from cea_arch.checkpoints import PACKAGED_WEIGHTS
 from cea_arch.cli import main
-from cea_arch.layers import CEABlock
+from cea_arch.layers import ConvBlock
 from cea_arch.models.report import Report, SetResult, panels
+from cea_arch.networks import CEAIR
 
 
 def train(folder, opt, *flags, name='o.yml'):
@@ -102,7 +102,7 @@ def test_ema_weights_are_saved_and_tested(workplace):
 
 def test_training_goes_on_from_the_weights_of_the_package(workplace):
     folder, opt = workplace
-    opt['network_g'] = {'type': 'CEANet', 'size': 'T'}
+    opt['network_g'] = {'type': 'CEAIR', 'size': 'T'}
     opt['path'] = {'pretrain_network_g': str(PACKAGED_WEIGHTS)}
     opt['train'] |= {'total_iter': 1, 'optim_g': {'type': 'AdamW', 'lr': 1e-6}}
     assert train(folder, opt) == 0
@@ -229,17 +229,17 @@ def test_switches_change_the_cost_and_not_the_result(workplace, switch, monkeypa
     opt['val'] = {'val_freq': 100, 'save_img': False}
     opt['train']['total_iter'] = 2
     formats, recomputed = [], []
-    forward = CEANet.forward
-    monkeypatch.setattr(CEANet, 'forward', lambda self, x: formats.append(x.stride()[1]) or forward(self, x))
-    block = CEABlock.forward
-    monkeypatch.setattr(CEABlock, 'forward', lambda self, x: recomputed.append(1) or block(self, x))
+    forward = CEAIR.forward
+    monkeypatch.setattr(CEAIR, 'forward', lambda self, x: formats.append(x.stride()[1]) or forward(self, x))
+    block = ConvBlock.forward
+    monkeypatch.setattr(ConvBlock, 'forward', lambda self, x: recomputed.append(1) or block(self, x))
     weights, calls = [], []
     for changed in ({}, switch):
         formats.clear(), recomputed.clear()
         assert train(folder, opt | {'train': opt['train'] | changed}) == 0
         calls.append((formats[0], len(recomputed)))
         weights.append(torch.load(folder / 'experiments/run/models/net_g_2.pth', weights_only=True)['params'])
-    blocks = {'True': 5, "['latent.*']": 1}.get(str(switch.get('checkpoint_activations')), 0)  # each step, once more
+    blocks = {'True': 8, "['latent.*']": 1}.get(str(switch.get('checkpoint_activations')), 0)  # each step, once more
     assert calls[1] == (1 if 'channels_last' in switch else 16**2, calls[0][1] + 2 * blocks)
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-5)
@@ -284,9 +284,25 @@ def test_the_log_says_what_makes_runs_comparable(workplace):
     log = log_of(folder)
     assert 'Effective batch: 3 (1 x 3)' in log
     assert 'Loss term l_pix: L1Loss, loss_weight 1.0\n' in log
-    assert 'Loss term l_fft: FFTLoss, loss_weight 0.01, norm backward\n' in log
+    assert 'Loss term l_fft: CEAFFTLoss, loss_weight 0.01, target amplitude, norm backward\n' in log
     assert 'Scores by protocol moce-ir: float RGB clipped to [0, 1], centre crop to multiples of 16' in log
     assert 'Validation s25 (moce-ir)' in log
     table = (folder / 'experiments/run/results.md').read_text()
     assert 'psnr (moce-ir)' in table
     assert cv2.imread(str(folder / 'experiments/run/comparison/s25.png')).shape == (32 + 26, 3 * 32, 3)  # of 40 x 45
+
+
+def test_basicsrs_own_pipeline_runs_our_files(workplace):
+    """Its batch is the total one, in parts, and its scores are by the protocol."""
+    folder, opt = workplace
+    opt['train'] |= {'total_iter': 2, 'total_batch_size': 6}
+    opt['datasets']['train']['batch_size_per_gpu'] = 2
+    opt['val'] = {'val_freq': 2, 'save_img': False, 'protocol': 'aio'}
+    (folder / 'o.yml').write_text(yaml.safe_dump(opt))
+    code = "import cea_arch; from basicsr.train import train_pipeline; train_pipeline('.')"
+    done = subprocess.run([sys.executable, '-c', code, '-opt', 'o.yml'], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert 'Effective batch: 6 (1 x 6, each computed in 3 parts)' in done.stderr
+    assert 'Scores by protocol aio' in done.stderr
+    means = json.loads((folder / 'experiments/run/results.json').read_text())['sets']['s25']['means']
+    assert {'psnr', 'ssim'} <= means.keys()

@@ -6,14 +6,15 @@ import sys
 
 import pytest
 import torch
-from test_ceanet import TINY, lively
+from test_cea_ir import TINIES, TINY, lively
 from torch import nn
 
-from cea_arch.archs.ceanet_arch import CEANet
 from cea_arch.errors import UserError
 from cea_arch.layers import CEALayer
-from cea_arch.layers.transformer import ChannelAttention, merge_products
-from cea_arch.layers.whole_image import WholeImage, merge_means
+from cea_arch.layers.blocks import ChannelAttention, PooledScale
+from cea_arch.layers.image_wide import merge_means
+from cea_arch.layers.whole_image import WholeImage
+from cea_arch.networks import CEAIR
 from cea_arch.tiling import (
     Canvas,
     blend,
@@ -37,24 +38,58 @@ def tiled(net, whole, x, tile, overlap):
     return torch.cat(bands, dim=-2)
 
 
-def awake(conditioning, layout='bchw'):
-    layer = CEALayer(12, rank=4, width=8, conditioning=conditioning, layout=layout).double()
+def awake(factors, layout='bchw'):
+    layer = CEALayer(12, rank=4, factors=factors, layout=layout).double()
     with torch.no_grad():
         for p in layer.parameters():
             p.copy_(torch.randn_like(p))
     return layer
 
 
-@pytest.mark.parametrize('conditioning', ['cross_attention', 'pooled'])
-def test_statistics_of_parts_merge_to_those_of_the_whole(conditioning):
-    layer = awake(conditioning)
-    x = torch.randn(2, 12, 7, 9, dtype=torch.float64)
-    parts = [x[..., :2, :4], x[..., :2, 4:], x[..., 2:, :]]
-    merged = layer.statistics(parts[0])
-    for part in parts[1:]:
-        merged = merge_means(merged, layer.statistics(part))
-    torch.testing.assert_close(merged, layer.statistics(x), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(layer.adapter.components(merged[0], x.dtype), layer.condition(x), rtol=1e-9, atol=1e-11)
+class Beside(nn.Module):
+    """A host whose own output is its input."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x, x)
+
+
+def merged(module, x, cores):
+    """The statistics of parts of an image, each read from a tile that reaches two pixels beyond its core, as one."""
+    total = None
+    for rows, columns in cores:
+        tile = [slice(max(s.start - 2, 0), min(s.stop + 2, n)) for s, n in zip((rows, columns), x.shape[-2:])]
+        core = [slice(s.start - t.start, s.stop - t.start) for s, t in zip((rows, columns), tile)]
+        part = module.statistics(x[..., tile[0], tile[1]], tuple(core))
+        total = part if total is None else module.merge(total, part)
+    return total
+
+
+CORES = [(slice(0, 4), slice(0, 6)), (slice(0, 4), slice(6, 11)), (slice(4, 9), slice(0, 11))]
+
+
+@pytest.mark.parametrize('factors', ['dynamic', 'pooled'])
+def test_statistics_of_parts_merge_to_those_of_the_whole(factors):
+    module = awake(factors).adapter.factors
+    x = torch.randn(2, 12, 9, 11, dtype=torch.float64)
+    found, whole = merged(module, x, CORES), module.statistics(x, (slice(0, 9), slice(0, 11)))
+    torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(whole[0], module.statistics(x)[0], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(module.write(found), module(x), rtol=1e-10, atol=1e-12)
+
+
+def test_parts_that_reach_less_or_begin_at_odd_pixels_are_not_those_of_the_whole():
+    module = awake('dynamic').adapter.factors
+    x = torch.randn(1, 12, 8, 8, dtype=torch.float64)
+    whole = module.statistics(x)[0]
+    halves = [x[..., :4, :], x[..., 4:, :]]  # without what lies beyond their cores
+    short = module.merge(*(module.statistics(half, (slice(0, 4), slice(0, 8))) for half in halves))[0]
+    odd = merged(module, x, [(slice(0, 3), slice(0, 8)), (slice(3, 8), slice(0, 8))])[0]
+    for found in (short, odd):
+        assert (found - whole).abs().max() > 1e-3
 
 
 def test_large_logits_merge_without_overflow():
@@ -65,33 +100,56 @@ def test_large_logits_merge_without_overflow():
 
 
 def test_channel_statistics_of_parts_merge_to_those_of_the_whole():
-    attention = ChannelAttention(8, 2).double()
-    qkv = torch.randn(2, 24, 5, 6, dtype=torch.float64)
-    merged = merge_products(attention.statistics(qkv[..., :4]), attention.statistics(qkv[..., 4:]))
-    torch.testing.assert_close(merged, attention.statistics(qkv), rtol=1e-10, atol=1e-12)
+    attention, qkv = ChannelAttention(8, 2).double(), torch.randn(2, 24, 9, 11, dtype=torch.float64)
+    torch.testing.assert_close(merged(attention, qkv, CORES), attention.statistics(qkv), rtol=1e-10, atol=1e-12)
+    scale, x = PooledScale(8).double(), torch.randn(2, 8, 9, 11, dtype=torch.float64)
+    torch.testing.assert_close(merged(scale, x, CORES), scale.statistics(x), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize('layout', ['bchw', 'bhwc'])
-def test_a_layers_tiles_share_the_components_of_the_whole_image(layout):
-    net = nn.Sequential(awake('cross_attention', layout))
+def test_a_layers_tiles_share_the_factors_of_the_whole_image(layout):
+    net = Beside(awake('dynamic', layout))
     x = torch.randn(1, 12, 32, 48, dtype=torch.float64)
     x = x if layout == 'bchw' else x.permute(0, 2, 3, 1)
     tiles = [(slice(0, 24), slice(0, 16)), (slice(8, 32), slice(8, 24))]  # rows of the image; the core within them
     picks = [(0, slice(None), s) if layout == 'bchw' else (0, s) for s, _ in tiles]
     with WholeImage(net) as whole:
         for (_, core), pick in zip(tiles, picks):
-            with whole.collecting((core, slice(0, 48)), (24, 48)):
+            with whole.collecting((core, slice(0, 48)), (24, 48), 8):
                 net(x[pick][None])
         whole.merge()
         shared = [net(x[pick][None])[0] for pick in picks]
     expected = [net(x)[pick] for pick in picks]
     torch.testing.assert_close(shared, expected, rtol=1e-9, atol=1e-10)
-    assert not net[0]._forward_pre_hooks
+    assert whole.exact
+    assert net.layer.adapter.factors.exchange is None
 
 
+@pytest.mark.parametrize(
+    ('core', 'overlap', 'reason'),
+    [(24, 1, 'overlap by 1 pixels, less than 2'), (23, 8, 'do not start at multiples of 2')],
+)
+def test_what_is_not_exact_is_named_once(core, overlap, reason, recwarn):
+    net = Beside(awake('dynamic'))
+    x = torch.randn(1, 12, 32, 32, dtype=torch.float64)
+    with WholeImage(net) as whole:
+        for _ in range(2):
+            with whole.collecting((slice(0, core), slice(0, 32)), (32, 32), overlap):
+                net(x)
+    assert not whole.exact
+    assert [reason in str(w.message) and 'is approximate' in str(w.message) for w in recwarn] == [True]
+
+
+NETS = {
+    name: TINIES[name] | {'cea_stages': ['latent', 'decoder'], 'up_kernel': 1}
+    for name in ('conv', 'conv, pooled', 'attention')
+}
+
+
+@pytest.mark.parametrize('kind', NETS)
 @pytest.mark.parametrize('size', [(137, 64), (71, 203)])
-def test_tiles_with_the_whole_images_statistics_equal_untiled(size):
-    net = lively(CEANet(**TINY, cea_stages=['encoder', 'latent', 'decoder', 'refinement']))
+def test_tiles_with_the_whole_images_statistics_equal_untiled(size, kind):
+    net = lively(CEAIR(**NETS[kind]))
     x = torch.rand(1, 3, *size)
     x[..., : size[1] // 2] *= 0.2  # so that tiles differ
     with torch.no_grad():
@@ -99,14 +157,16 @@ def test_tiles_with_the_whole_images_statistics_equal_untiled(size):
         with WholeImage(net) as whole:
             shared = tiled(net, whole, x, 128, 32)
         own = tiled(net, None, x, 128, 32)
+    assert whole.exact
     error, own_error = ((out - expected).square().mean() for out in (shared, own))
     assert error < 2e-3 * (expected - x).square().mean()
     assert error < own_error / 50
     assert (net(x) - expected).abs().max() == 0  # the network is as it was
 
 
-def test_each_sweep_comes_closer():
-    net = lively(CEANet(**TINY))
+@pytest.mark.parametrize('kind', NETS)
+def test_each_sweep_comes_closer(kind):
+    net = lively(CEAIR(**NETS[kind]))
     x = torch.rand(1, 3, 160, 160) * torch.linspace(0.1, 1, 160)
     with torch.no_grad():
         expected = net(x)
@@ -115,7 +175,7 @@ def test_each_sweep_comes_closer():
             for _ in range(3):
                 out = torch.zeros_like(x)
                 for a, b, core in ((0, 112, slice(0, 80)), (48, 160, slice(32, 112))):
-                    with whole.collecting((slice(0, 160), core), (160, 112)):
+                    with whole.collecting((slice(0, 160), core), (160, 112), 32):
                         tile = net(x[..., a:b])
                     out[..., a:b][..., core] = tile[..., core]
                 whole.merge()
@@ -203,7 +263,7 @@ def test_impossible_tiles_are_named(tile, overlap, message):
 
 
 def test_tile_follows_memory(monkeypatch):
-    net, cpu = lively(CEANet(**TINY)), torch.device('cpu')
+    net, cpu = lively(CEAIR(**TINY)), torch.device('cpu')
     per_pixel = bytes_per_pixel(net, cpu)
     assert 100 < per_pixel < 5000
     monkeypatch.setattr('cea_arch.tiling._free_memory', lambda: 2 * per_pixel * 200 * 200)

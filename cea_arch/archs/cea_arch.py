@@ -1,7 +1,8 @@
-"""The layer and the block by name, for ``build_network`` and YAML files."""
+"""Networks, blocks and the layer by name, for ``build_network`` and YAML files."""
 
 from cea_arch.compat import ARCH_REGISTRY
 from cea_arch.layers import CEABlock, CEALayer
+from cea_arch.networks import CEAIR
 
-ARCH_REGISTRY.register(CEALayer)
-ARCH_REGISTRY.register(CEABlock)
+for known in (CEAIR, CEABlock, CEALayer):
+    ARCH_REGISTRY.register(known)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cea_arch.checkpoints import check_fit, read_checkpoint, weights_of
@@ -35,12 +34,10 @@ class WithCEA(nn.Module):
         targets: Patterns over the base's module names, see :func:`cea_arch.layers.inject_cea`; ``auto`` takes those of
             ``AUTO_TARGETS``. ``cea modules -opt`` lists the modules.
         rank: Components of each layer, or a mapping from patterns to their number.
-        width, num_heads, conditioning, routing: As for :class:`cea_arch.layers.CEALayer`.
+        factors, routing, rank_norm, width, heads: As for :class:`cea_arch.layers.CEALayer`.
         pretrained_base: File of the base's weights: ``params_ema``, ``params`` or plain.
         freeze_base: Whether the CEA layers alone train. The base then stays in evaluation mode, and what is stored are
             the CEA layers alone if the base has a file of its own, ``pretrained_base``.
-        example_shape: ``(C, H, W)`` of an image that the base accepts, where neither 3 nor 1 channels, or none of 16,
-            56 and 128 pixels, suit it.
 
     Raises:
         UserError: ``base`` is no network's options, it has no preset, or the weights do not fit, each named.
@@ -52,13 +49,13 @@ class WithCEA(nn.Module):
         base: dict[str, Any],
         targets: str | Sequence[str] = 'auto',
         rank: int | Mapping[str, int] = 8,
-        width: int = 32,
-        num_heads: int = 2,
-        conditioning: str = 'cross_attention',
+        factors: str = 'dynamic',
         routing: str = 'signed',
+        rank_norm: bool = True,
+        width: int | None = None,
+        heads: int = 4,
         pretrained_base: str | None = None,
         freeze_base: bool = False,
-        example_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(base, Mapping):
@@ -72,16 +69,8 @@ class WithCEA(nn.Module):
             self.base.load_state_dict(weights)
         self.base_has_file = bool(pretrained_base)
         self.freeze_base = freeze_base
-        targets = inject_cea(
-            self.base,
-            auto_targets(kind) if targets == 'auto' else targets,
-            rank,
-            width,
-            num_heads,
-            conditioning,
-            routing,
-            torch.full((1, *example_shape), 0.5) if example_shape else None,
-        )
+        targets = auto_targets(kind) if targets == 'auto' else targets
+        targets = inject_cea(self.base, targets, rank, factors, routing, rank_norm, width, heads)
         self.blocks = [f'base.{name}' for name in targets]  # for train.checkpoint_activations
         if freeze_base:
             self.base.requires_grad_(False)

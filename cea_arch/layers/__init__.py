@@ -1,34 +1,29 @@
 """The mathematics, in pure torch: nothing here imports basicsr."""
 
-from cea_arch.layers.cea import (
-    CEALayer,
-    CrossAttentionHyperAdapter,
-    PooledHyperAdapter,
-    StaticBank,
-    assemble,
-)
+from cea_arch.layers.blocks import CEABlock, ConvBlock
+from cea_arch.layers.cea import HyperAdapter, assemble, merge, rank_norm
+from cea_arch.layers.cea_layer import CEALayer
 from cea_arch.layers.inject import (
-    ModuleOutput,
+    Site,
     cea_parameters,
     cea_state_dict,
+    find_sites,
     inject_cea,
     remove_cea,
-    survey_modules,
 )
-from cea_arch.layers.transformer import CEABlock, TransformerBlock
 
 __all__ = [
     'CEABlock',
     'CEALayer',
-    'CrossAttentionHyperAdapter',
-    'ModuleOutput',
-    'PooledHyperAdapter',
-    'StaticBank',
-    'TransformerBlock',
+    'ConvBlock',
+    'HyperAdapter',
+    'Site',
     'assemble',
     'cea_parameters',
     'cea_state_dict',
+    'find_sites',
     'inject_cea',
+    'merge',
+    'rank_norm',
     'remove_cea',
-    'survey_modules',
 ]

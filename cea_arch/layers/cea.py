@@ -1,348 +1,370 @@
-"""Continuous Expert Assembly (CEA, arXiv 2605.06127): the equations, as modules.
+"""Continuous Expert Assembly (CEA, arXiv 2605.06127): the equations, each a function or a module.
 
-A feature map is a set of N tokens ``x`` with C channels. With rank r, width d and learned probes ``P``, (r, d)::
+For the tokens ``X``, (N, d_in), that a projection ``W``, (d_in, d_out), inside a block reads, and rank r::
 
-    x_hat = LayerNorm(x)                                              (N, C)
-    Z     = P + MultiHeadCrossAttention(query=P, key=x_hat, value=x_hat)
-    A     = LayerNorm(Z) W_A                                          (r, C)  routing bases
-    D     = LayerNorm(Z) W_D                                          (r, C)  residual directions
-    S     = x_hat A^T / sqrt(C)                                       (N, r)  signed affinities
-    y     = x + gamma * (S D)                                         (N, C)
+    X_hat = PW(DW(X))                                           condensed context             section 3.3
+    T_F   = R_F + MultiHeadCrossAttention(R_F, X_hat, X_hat)    F = A, B; r learned queries   eq. 4
+    A     = RankNorm(FC_A(T_A))   (r, d_in)                     routing bases                 eq. 5, 6
+    B     = RankNorm(FC_B(T_B))   (r, d_out)                    residual directions           eq. 5, 6
+    dY    = (1/r) (X A^T) B                                     signed and dense              eq. 2, 3
+    Y     = X W + dY                                            adapted to this very image    eq. 7
 
-From the paper: a hyper-adapter reads the image's own features and writes low-rank components; every token assembles
-its residual from them by dense signed affinities. Our choice, where the abstract is silent: LayerNorms, the scale
-1/sqrt(C), the per-channel ``gamma``, and how everything starts (see :class:`CrossAttentionHyperAdapter`).
+One projection may have several *targets*, parts of its output such as query and key, each with heads ``FC_A, FC_B`` of
+its own; T_A and T_B serve all of them. Their A are stacked, and each B stands in the columns of its target, with zeros
+beside it: so one pair ``(A, B)``, (K, d_in) and (K, d_out) with K = r times the number of targets, says it all.
 
-Tokens are written ``(B, N, C)`` throughout. A feature map ``(B, C, H, W)`` is *viewed* so, without a copy; every
-product below is taken in the memory order of its tokens, so no layout pays for a transposition.
+Since dY is linear in X it can be *merged* into the projection, ``W + (1/r) A^T B``, and then costs nothing for each
+pixel but the reading (follows from the paper; it does not say so).
+
+Our choice, where the paper is silent: kernel 3 and stride 2, LayerNorms on queries and context, no output projection,
+RankNorm's epsilon, and how everything starts. Tokens are written ``(B, N, C)`` and ``(B, C, H, W)`` is viewed so.
 """
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cea_arch.layers.tokens import (
-    LAYOUTS,
-    ChannelNorm,
-    Tokens,
-    add_product,
-    as_tokens,
-    average,
-    from_tokens,
-    multiply,
-    project,
-)
+from cea_arch.layers.image_wide import Core, ImageWide, Statistics, mean_of, merge_means
+from cea_arch.layers.tokens import add_product, as_tokens, from_tokens, multiply, no_autocast, wide
 
-# The deviation of a fresh layer's S D (our choice, measured). gamma leaves zero by about the learning rate a step: with
-# 1, CEA has hardly begun after 1,500 steps of 5e-4; with 10, gamma S D is by then as large as long trainings leave it.
-RESIDUAL_STD = 10.0
+Parts = Mapping[str, tuple[int, int]]  # targets by name: first column of the projection's output, and the one after it
+Factors = tuple[Tensor, Tensor]  # A (B, K, d_in), B (B, K, d_out)
+
+ROUTINGS = ('signed', 'topk')
 
 
-def signed(affinity: Tensor) -> Tensor:
-    """CEA's routing (from the paper): affinities ``(B, N, r)`` stay dense, signed and unbounded."""
-    return affinity
+def rank_norm(rows: Tensor, eps: float = 1e-6) -> Tensor:
+    """RankNorm (eq. 6): each row ``(..., C)`` divided by its own L2 norm + eps, in float32 or wider."""
+    rows = rows.to(wide(rows.dtype))
+    return rows / (torch.linalg.vector_norm(rows, dim=-1, keepdim=True) + eps)
 
 
-def softmax(affinity: Tensor) -> Tensor:
-    """Contrast: affinities ``(B, N, r)`` become a convex mixture of the components, in float32 or wider."""
-    return F.softmax(affinity.float() if affinity.dtype.itemsize < 4 else affinity, -1).to(affinity.dtype)
+def affinities(tokens: Tensor, bases: Tensor) -> Tensor:
+    """What every token takes of each component, G = X A^T (eq. 3), ``(B, N, K)`` of ``(B, N, C)``, ``(B, K, C)``."""
+    return multiply(tokens, bases.mT.to(tokens.dtype))
 
 
 def top_k(affinity: Tensor, k: int = 2) -> Tensor:
-    """Contrast: the ``k`` largest softmax weights of each token, renormalised; all other components are off."""
+    """The paper's contrast: softmax over the ``k`` largest of affinities ``(..., r)``; all others are off."""
     values, index = affinity.topk(min(k, affinity.shape[-1]), dim=-1)
-    return torch.zeros_like(affinity).scatter(-1, index, softmax(values))
+    weights = values.to(wide(values.dtype)).softmax(-1).to(affinity.dtype)
+    return torch.zeros_like(affinity).scatter(-1, index, weights)
 
 
-ROUTINGS = {'signed': signed, 'softmax': softmax, 'topk': top_k}
+def assemble(onto: Tensor, tokens: Tensor, factors: Factors, rank: int, routing: str = 'signed') -> Tensor:
+    """Add what every token assembles from the image's components, ``(1/r) (X A^T) B`` (eq. 2, 3).
 
-
-def assemble(
-    tokens: Tokens, bases: Tensor, directions: Tensor, routing: str = 'signed', onto: Tensor | None = None
-) -> Tensor:
-    """Every token assembles its residual from the image's components: ``(x_hat A^T / sqrt(C)) D``.
-
-    With ``signed`` routing this is linear attention with tokens as queries, A as keys, D as values and the identity as
-    feature map; equally a 1x1 convolution of rank <= r with weights of this very image, ``A^T D / sqrt(C)``.
+    With ``signed`` routing it is attention without softmax, of queries X, keys A and values B. With ``topk`` the
+    weights of a token add up to 1 for each target already, so nothing is divided by r (our choice).
 
     Args:
-        tokens: Normalised tokens ``(B, N, C)``, in any memory order.
-        bases: Routing bases A ``(B, r, C)``.
-        directions: Residual directions D ``(B, r, C)``.
-        routing: ``signed`` (CEA), or a contrast: ``softmax``, ``topk``.
-        onto: Tokens ``(B, N, C)`` to which the residual is added within the last product.
+        onto: Tokens ``(B, N, d_out)``, in any memory order, which the result keeps.
+        tokens: X ``(B, N, d_in)``.
+        factors: A ``(B, K, d_in)`` and B ``(B, K, d_out)``, ``rank`` rows for each target.
+        rank: r.
+        routing: ``signed`` (from the paper) or its contrast ``topk``.
+    """
+    bases, directions = factors
+    affinity = affinities(tokens, bases)
+    if routing == 'topk':
+        return add_product(onto, top_k(affinity.unflatten(-1, (-1, rank))).flatten(-2), directions)
+    return add_product(onto, affinity, directions / rank)
+
+
+def merge(weight: Tensor, factors: Factors, rank: int) -> Tensor:
+    """The projection with its residual inside, ``W + (1/r) A^T B``: each image's own weight.
+
+    Args:
+        weight: ``(d_out, d_in)``, as nn.Linear keeps it.
+        factors: A ``(B, K, d_in)`` and B ``(B, K, d_out)``, ``rank`` rows for each target.
+        rank: r.
 
     Returns:
-        The residual ``(B, N, C)``, in the memory order of ``tokens``; or ``onto`` with the residual, as ``onto`` is.
+        Weights ``(B, d_out, d_in)``, in the wider precision of both.
     """
-    affinity = affinities(tokens, bases, routing)
-    return multiply(affinity, directions) if onto is None else add_product(onto, affinity, directions)
+    bases, directions = factors
+    dtype = torch.promote_types(weight.dtype, bases.dtype)
+    with no_autocast(weight.device):
+        return torch.baddbmm(weight.to(dtype)[None], directions.mT.to(dtype), bases.to(dtype), alpha=1 / rank)
 
 
-def affinities(tokens: Tokens, bases: Tensor, routing: str = 'signed') -> Tensor:
-    """How much of each component every token takes, ``(B, N, r)``; arguments as for :func:`assemble`."""
-    return ROUTINGS[routing](project(tokens, bases * bases.shape[-1] ** -0.5))
+class Condense(nn.Module):
+    """``PW(DW(X))`` (section 3.3): local structure at half the resolution, rounded up. Kernel, stride: our choice."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(dim, dim, 3, stride=2, padding=1, groups=dim, bias=False)
+        self.pointwise = nn.Linear(dim, width, bias=False)
+
+    def forward(self, x: Tensor, core: Core | None = None) -> Tensor:
+        """Map ``(B, C, H, W)`` to tokens ``(B, ceil(H/2) * ceil(W/2), width)``; with ``core``, those centred in it.
+
+        Cell i has its centre at row 2i. So tiles whose starts are even and which reach two pixels beyond their cores
+        give together the cells of the whole image, each once and exactly.
+        """
+        x = self.depthwise(x)
+        if core is not None:
+            rows, columns = (slice((side.start + 1) // 2, (side.stop + 1) // 2) for side in core)
+            x = x[..., rows, columns]
+        return self.pointwise(as_tokens(x, 'bchw'))
 
 
-class CrossAttentionHyperAdapter(nn.Module):
-    """Read an image's tokens with r learned probes and write its components ``(A, D)`` (from the paper).
+@dataclass(frozen=True)
+class Spec:
+    """Which projection is adapted, and how.
 
-    The projections of keys and values are folded into the probes, ``softmax((P W_q W_k^T) x_hat^T) x_hat`` first and
-    ``W_v`` after the sum over tokens, so that nothing of shape ``(N, d)`` exists: two skinny products per head and
-    probe.
-
-    Our choice, measured: the probes start as N(0, 1) and the value path (``to_out``) at zero. Conditioning then begins
-    as r *different* static components, and the image's share grows from nothing. Queries, keys and values start with
-    unit variance, three times that of torch's own start, with which all probes attend alike and read the same. There
-    are no biases on them: on keys they cannot act, on values they repeat the probes. Softmax and the small products
-    run in float32 under autocast.
-
-    Args:
-        dim: Channels C of the tokens.
-        rank: Number r of probes, hence of components; at least 1.
-        width: Width d of probes and attention (our choice); a multiple of ``num_heads``.
-        num_heads: Attention heads h (our choice).
+    Attributes:
+        dim: Channels d_in of the tokens that it reads.
+        dim_out: Channels d_out that it writes.
+        parts: Its targets, see ``Parts``.
+        rank: Number r of components for each target, and of queries for each factor.
+        rank_norm: RankNorm or not.
+        width: Channels of condensed context and queries; ``None`` is ``dim``, as in the paper. Where it is less, heads
+            are smaller and attention is cheaper (our choice).
+        heads: Attention heads (four in the paper); they divide ``width``.
+        condense: Whether tokens are a plane and condensed; else they have no plan of rows and columns, and are read as
+            they are.
 
     Raises:
-        ValueError: ``rank`` or ``dim`` is below 1, or ``num_heads`` does not divide ``width``.
+        ValueError: A number below 1, or heads that do not divide the width.
     """
 
-    def __init__(self, dim: int, rank: int = 8, width: int = 32, num_heads: int = 2) -> None:
+    dim: int
+    dim_out: int
+    parts: Parts = field(default_factory=dict)
+    rank: int = 8
+    rank_norm: bool = True
+    width: int | None = None
+    heads: int = 4
+    condense: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ('dim', 'dim_out', 'rank', 'heads'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} must be at least 1, got {getattr(self, name)}.')
+        if self.context % self.heads or self.context < 1:
+            raise ValueError(f'width must be a multiple of heads, got width={self.context} and heads={self.heads}.')
+
+    @property
+    def context(self) -> int:
+        """Channels of context and queries."""
+        return self.dim if self.width is None or not self.condense else self.width
+
+
+class Heads(nn.Module):
+    """The fully connected heads (eq. 5), one for each factor and target, and RankNorm (eq. 6).
+
+    Our choice: they start with unit variance for each number, so that learning rates turn rows of every width alike.
+    Without RankNorm rows are divided by the square root of their length, so that a fresh residual is as large.
+    """
+
+    def __init__(self, spec: Spec, width: int) -> None:
         super().__init__()
-        _check_sizes(dim, rank, width, num_heads)
-        self.num_heads = num_heads
-        self.probes = nn.Parameter(torch.empty(rank, width))
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(dim, width, bias=False)
-        self.to_v = nn.Linear(dim, width, bias=False)
-        self.to_out = nn.Linear(width, width, bias=False)
-        self.write = ComponentWriter(dim, rank, width)
+        self.spec = spec
+        self.to_bases = nn.ModuleDict({name: nn.Linear(width, spec.dim) for name in spec.parts})
+        self.to_directions = nn.ModuleDict({name: nn.Linear(width, b - a) for name, (a, b) in spec.parts.items()})
+        for head in (*self.to_bases.values(), *self.to_directions.values()):
+            nn.init.normal_(head.weight, std=width**-0.5)
+            nn.init.zeros_(head.bias)
+
+    def forward(self, states: Tensor) -> Factors:
+        """Map T ``(B, 2, r, width)``, first T_A and then T_B, to ``(A, B)``."""
+        bases = [head(states[:, 0]) for head in self.to_bases.values()]
+        return stack(bases, [head(states[:, 1]) for head in self.to_directions.values()], self.spec)
+
+
+def stack(bases: list[Tensor], directions: list[Tensor], spec: Spec) -> Factors:
+    """One pair ``(A, B)`` of the rows ``(B, r, ...)`` of several targets, each B in the columns of its own."""
+
+    def scaled(rows: Tensor) -> Tensor:
+        return rank_norm(rows) if spec.rank_norm else rows * rows.shape[-1] ** -0.5
+
+    placed = [F.pad(scaled(rows), (a, spec.dim_out - b)) for rows, (a, b) in zip(directions, spec.parts.values())]
+    return torch.cat([scaled(rows) for rows in bases], 1), torch.cat(placed, 1)
+
+
+class DynamicFactors(ImageWide):
+    """Probe an image's tokens with learned queries and write its factors (eq. 4 to 6; from the paper).
+
+    The matrices of keys and values are folded into the queries, ``softmax((R W_q W_k^T) X_hat^T) X_hat`` first and W_v
+    after the sum over tokens, so that nothing of shape (N, d) is written. All of it runs in float32 or wider.
+    """
+
+    align = reach = 2
+    merge = staticmethod(merge_means)
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        width = spec.context
+        self.has_plan = spec.condense
+        self.num_heads = spec.heads
+        self.condense = Condense(spec.dim, width) if spec.condense else None
+        self.queries = nn.Parameter(torch.empty(2, spec.rank, width))  # R_A and R_B
+        self.norm_queries = nn.LayerNorm(width)
+        self.norm_context = nn.LayerNorm(width)
+        self.to_q, self.to_k, self.to_v = (nn.Parameter(torch.empty(width, width)) for _ in range(3))
+        self.heads = Heads(spec, width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.probes)
-        for projection in (self.to_q, self.to_k, self.to_v):
-            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
-        nn.init.zeros_(self.to_out.weight)
+        """Our choice: queries, keys and values of unit variance, so that queries attend to different tokens."""
+        nn.init.normal_(self.queries)
+        for matrix in (self.to_q, self.to_k, self.to_v):
+            nn.init.normal_(matrix, std=len(matrix) ** -0.5)
 
     def folded_queries(self) -> Tensor:
-        """All heads' ``P W_q W_k^T / sqrt(d/h)``, shape ``(h*r, C)``: what each probe looks for among raw tokens."""
-        rank, width = self.probes.shape
-        queries = self.to_q(self.probes).view(rank, self.num_heads, -1).transpose(0, 1)  # (h, r, d/h)
-        keys = self.to_k.weight.view(self.num_heads, width // self.num_heads, -1)  # (h, d/h, C)
-        return (queries @ keys / math.sqrt(width // self.num_heads)).flatten(0, 1)
+        """All heads' ``LN(R) W_q W_k^T / sqrt(width / heads)``, ``(heads * 2r, width)``: what is sought in X_hat."""
+        queries = self.norm_queries(self.queries).flatten(0, 1) @ self.to_q.T
+        queries = queries.unflatten(1, (self.num_heads, -1)).transpose(0, 1)  # (heads, 2r, width / heads)
+        keys = self.to_k.unflatten(0, (self.num_heads, -1))  # (heads, width / heads, width)
+        return (queries @ keys / math.sqrt(keys.shape[1])).flatten(0, 1)
 
-    def read(self, tokens: Tokens) -> Tensor:
-        """Attention-weighted sums of tokens ``(B, N, C)``, one a head and probe: ``(B, h, r, C)``."""
-        return self._attend(tokens)[0]
+    def statistics(self, x: Tensor, core: Core | None = None) -> Statistics:
+        """Weighted sums of the context ``(B, heads, 2r, width)``; of a part, with log-sum-exps ``(B, heads, 2r, 1)``."""
+        tokens = as_tokens(x, 'bchw') if self.condense is None else self.condense(x, core)
+        with no_autocast(x.device):
+            norm = self.norm_context
+            tokens = norm(tokens.to(norm.weight.dtype).contiguous()).to(wide(x.dtype))
+            queries = self.folded_queries().to(tokens.dtype)
+            shared = tokens.unsqueeze(1)  # keys and values of one head: the heads lie in the queries
+            sums = F.scaled_dot_product_attention(queries.expand(len(x), 1, -1, -1), shared, shared, scale=1.0)
+            found = (sums,) if core is None else (sums, (queries @ tokens.mT).logsumexp(-1, keepdim=True).unsqueeze(1))
+            return tuple(rows.squeeze(1).unflatten(1, (self.num_heads, -1)) for rows in found)
 
-    def statistics(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """What :meth:`read` gives, and the logarithm of its weight, to be merged over parts of an image.
+    def write(self, statistics: Statistics) -> Factors:
+        """From sums of the context to ``(A, B)``, in float32 or wider."""
+        with no_autocast(self.to_v.device):
+            values = self.to_v.unflatten(0, (self.num_heads, -1))  # (heads, width / heads, width)
+            attended = statistics[0].to(self.to_v.dtype) @ values.mT  # (B, heads, 2r, width / heads)
+            attended = attended.transpose(1, 2).flatten(2).unflatten(1, self.queries.shape[:2])
+            return self.heads(self.queries + attended)
 
-        Args:
-            tokens: Normalised tokens ``(B, N, C)`` of a part of an image.
-
-        Returns:
-            The sums ``(B, h, r, C)`` and the log-sum-exp of their logits ``(B, h, r, 1)``, in float32 or wider.
-        """
-        sums, logits = self._attend(tokens)
-        return sums.to(logits.dtype), logits.logsumexp(-1, keepdim=True).unflatten(1, (self.num_heads, -1))
-
-    def components(self, sums: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """From what :meth:`read` gives, ``(B, h, r, C)``, to components ``(A, D)``, each ``(B, r, C)`` in ``dtype``."""
-        with torch.autocast(sums.device.type, enabled=False):
-            values = self.to_v.weight.view(self.num_heads, -1, sums.shape[-1])  # (h, d/h, C)
-            heads = sums.to(values.dtype) @ values.mT  # (B, h, r, d/h)
-            attended = self.to_out(heads.transpose(1, 2).flatten(2))  # (B, r, d)
-            return self.write(self.probes + attended, dtype)
-
-    def forward(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Write the components of each image.
-
-        Args:
-            tokens: Normalised tokens ``(B, N, C)``, N >= 1.
-
-        Returns:
-            Routing bases A and residual directions D, each ``(B, r, C)``.
-        """
-        return self.components(self.read(tokens), tokens.dtype)
-
-    def _attend(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """The sums ``(B, h, r, C)`` and their logits ``(B, h*r, N)``, these in float32 or wider."""
-        with torch.autocast(self.probes.device.type, enabled=False):
-            queries = self.folded_queries().unsqueeze(0)
-        products = project(tokens, queries).mT
-        logits = products.to(torch.promote_types(products.dtype, torch.float32))
-        return average(tokens, logits.softmax(-1)).unflatten(1, (self.num_heads, -1)), logits
+    def forward(self, x: Tensor) -> Factors:
+        """Write the factors of each image from its features ``(B, C, H, W)``, the input of the projection."""
+        return self.write(self.read(x))
 
 
-class ComponentWriter(nn.Module):
-    """``A = LayerNorm(Z) W_A``, ``D = LayerNorm(Z) W_D``: from states ``(B, r, d)`` to components ``(B, r, C)``.
+class PooledFactors(ImageWide):
+    """The paper's contrast "GAP + MLP": the mean token, through an MLP, takes the place of the cross-attention.
 
-    Our choice: W_A starts so that affinities have unit variance, W_D so that S D has deviation ``RESIDUAL_STD``; with
-    softmax 0.17 and top-k 0.26 of that, since their weights sum to 1 (r = 8).
+    Hidden channels are a quarter of ``dim``, which at r = 8 makes about as many parameters as the attention has (our
+    choice).
     """
 
-    def __init__(self, dim: int, rank: int, width: int) -> None:
+    merge = staticmethod(merge_means)
+
+    def __init__(self, spec: Spec) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.to_bases = nn.Linear(width, dim, bias=False)
-        self.to_directions = nn.Linear(width, dim, bias=False)
-        nn.init.normal_(self.to_bases.weight, std=width**-0.5)
-        nn.init.normal_(self.to_directions.weight, std=RESIDUAL_STD * (width * rank) ** -0.5)
+        self.has_plan = spec.condense
+        self.queries = nn.Parameter(torch.randn(2, spec.rank, spec.dim))
+        hidden = max(spec.dim // 4, 1)
+        self.describe = nn.Sequential(
+            nn.LayerNorm(spec.dim), nn.Linear(spec.dim, hidden), nn.GELU(), nn.Linear(hidden, self.queries.numel())
+        )
+        self.heads = Heads(spec, spec.dim)
 
-    def forward(self, states: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Map Z ``(B, r, d)`` to ``(A, D)``, each ``(B, r, C)`` in ``dtype``."""
-        states = self.norm(states)
-        return self.to_bases(states).to(dtype), self.to_directions(states).to(dtype)
+    def statistics(self, x: Tensor, core: Core | None = None) -> Statistics:
+        """The mean token ``(B, C)`` and the logarithm of the number of tokens, ``(B, 1)``."""
+        return mean_of(x if core is None else x[..., core[0], core[1]])
+
+    def write(self, statistics: Statistics) -> Factors:
+        """From the mean token to ``(A, B)``, in float32 or wider."""
+        with no_autocast(self.queries.device):
+            states = self.describe(statistics[0].to(self.queries.dtype)).unflatten(1, self.queries.shape)
+            return self.heads(self.queries + states)
+
+    def forward(self, x: Tensor) -> Factors:
+        """As :meth:`DynamicFactors.forward`."""
+        return self.write(self.read(x))
 
 
-class PooledHyperAdapter(nn.Module):
-    """Contrast: one global descriptor, the mean token, writes ``(A, D)``. Starts as the CEA adapter does.
+class StaticFactors(nn.Module):
+    """The paper's contrast: A and B are parameters of the block, the same for every image."""
 
-    Args and errors as for :class:`CrossAttentionHyperAdapter`; ``num_heads`` has no meaning here.
-    """
-
-    def __init__(self, dim: int, rank: int = 8, width: int = 32, num_heads: int = 2) -> None:
+    def __init__(self, spec: Spec) -> None:
         super().__init__()
-        _check_sizes(dim, rank, width, num_heads)
-        self.probes = nn.Parameter(torch.randn(rank, width))
-        self.describe = nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, rank * width, bias=False))
-        self.write = ComponentWriter(dim, rank, width)
-        nn.init.zeros_(self.describe[-1].weight)
+        self.spec = spec
+        self.bases = nn.ParameterDict({name: torch.randn(1, spec.rank, spec.dim) for name in spec.parts})
+        self.directions = nn.ParameterDict(
+            {name: torch.randn(1, spec.rank, b - a) for name, (a, b) in spec.parts.items()}
+        )
 
-    def statistics(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """The mean token ``(B, C)`` and the logarithm of the number of tokens, ``(B, 1)``, to be merged likewise."""
-        mean = self._mean(tokens)
-        return mean, mean.new_full((len(mean), 1), math.log(tokens.shape[1]))
-
-    def components(self, mean: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """From the mean token ``(B, C)``, the components ``(A, D)``, each ``(B, r, C)`` in ``dtype``."""
-        with torch.autocast(mean.device.type, enabled=False):
-            states = self.describe(mean.to(self.probes.dtype)).view(-1, *self.probes.shape)
-            return self.write(self.probes + states, dtype)
-
-    def forward(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """As :meth:`CrossAttentionHyperAdapter.forward`."""
-        return self.components(self._mean(tokens), tokens.dtype)
-
-    def _mean(self, tokens: Tokens) -> Tensor:
-        wide = torch.promote_types(tokens.dtype, torch.float32)
-        alike = torch.zeros(len(tokens), 1, tokens.shape[1], dtype=wide, device=tokens.device)
-        return average(tokens, alike.softmax(-1)).squeeze(1).to(wide)
+    def forward(self, x: Tensor) -> Factors:
+        """As :meth:`DynamicFactors.forward`; the tokens are not read."""
+        factors = stack(list(self.bases.values()), list(self.directions.values()), self.spec)
+        return tuple(rows.expand(len(x), -1, -1) for rows in factors)
 
 
-class StaticBank(nn.Module):
-    """Contrast: A and D are parameters, the same for every image: a bank of rank-one experts.
-
-    Args and errors as for :class:`CrossAttentionHyperAdapter`; ``width`` and ``num_heads`` have no meaning here.
-    """
-
-    def __init__(self, dim: int, rank: int = 8, width: int = 32, num_heads: int = 2) -> None:
-        super().__init__()
-        _check_sizes(dim, rank, width, num_heads)
-        self.bases = nn.Parameter(torch.randn(rank, dim))
-        self.directions = nn.Parameter(torch.randn(rank, dim) * RESIDUAL_STD * rank**-0.5)
-
-    def forward(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """As :meth:`CrossAttentionHyperAdapter.forward`; the tokens are not read."""
-        return tuple(bank.to(tokens.dtype).expand(len(tokens), -1, -1) for bank in (self.bases, self.directions))
+FACTORS = {'dynamic': DynamicFactors, 'pooled': PooledFactors, 'static': StaticFactors}
 
 
-CONDITIONINGS = {'cross_attention': CrossAttentionHyperAdapter, 'pooled': PooledHyperAdapter, 'static': StaticBank}
-
-
-class CEALayer(nn.Module):
-    """``y = x + gamma * assemble(x_hat, A, D)`` with ``(A, D)`` written by this image. A fresh layer is the identity.
+class HyperAdapter(nn.Module):
+    """Adapts one projection of a block to each image: writes its factors, and merges or assembles them (eq. 7).
 
     Args:
-        dim: Channels C.
-        rank: Number r of components; the residual has at most this rank.
-        width, num_heads: Of the hyper-adapter, see :class:`CrossAttentionHyperAdapter`.
-        conditioning: ``cross_attention`` (CEA), or a contrast: ``pooled``, ``static``.
-        routing: ``signed`` (CEA), or a contrast: ``softmax``, ``topk``.
-        layout: ``bchw`` for ``(B, C, H, W)``, ``bnc`` for ``(B, N, C)``, ``bhwc`` for ``(B, H, W, C)``.
+        dim, dim_out, parts, rank, rank_norm, width, heads: Of :class:`Spec`.
+        factors: ``dynamic`` (from the paper), or its contrasts ``static`` and ``pooled``.
+        routing: ``signed`` (from the paper), or its contrast ``topk``.
+        condense: See :class:`Spec`.
 
     Raises:
-        ValueError: An unknown word, or a size that :class:`CrossAttentionHyperAdapter` refuses.
+        ValueError: An unknown word, or as :class:`Spec`.
     """
 
     def __init__(
         self,
         dim: int,
+        dim_out: int,
+        parts: Parts,
         rank: int = 8,
-        width: int = 32,
-        num_heads: int = 2,
-        conditioning: str = 'cross_attention',
+        factors: str = 'dynamic',
         routing: str = 'signed',
-        layout: str = 'bchw',
+        rank_norm: bool = True,
+        width: int | None = None,
+        heads: int = 4,
+        condense: bool = True,
     ) -> None:
         super().__init__()
-        for name, value, known in (
-            ('conditioning', conditioning, CONDITIONINGS),
-            ('routing', routing, ROUTINGS),
-            ('layout', layout, LAYOUTS),
-        ):
+        for name, value, known in (('factors', factors, FACTORS), ('routing', routing, ROUTINGS)):
             if value not in known:
                 raise ValueError(f'{name} must be one of {", ".join(known)}, got {value!r}.')
+        self.spec = Spec(dim, dim_out, dict(parts), rank, rank_norm, width, heads, condense)
         self.routing = routing
-        self.layout = layout
-        self.norm = ChannelNorm(dim, axis=-1)
-        self.adapter = CONDITIONINGS[conditioning](dim, rank, width, num_heads)
-        self.gamma = nn.Parameter(torch.zeros(dim))
+        self.factors = FACTORS[factors](self.spec)
 
-    def condition(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Components ``(A, D)``, each ``(B, r, C)``, of features ``x`` in the layer's layout."""
-        self._check(x)
-        return self.adapter(self.norm.fold(as_tokens(x, self.layout)))
+    def forward(self, x: Tensor) -> Factors:
+        """The factors of each image, ``(B, K, d_in)`` and ``(B, K, d_out)``, from its features ``(B, C, H, W)``."""
+        return self.factors(x)
 
-    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the adapter reads in features ``x``, part of an image: see :mod:`cea_arch.layers.whole_image`."""
-        self._check(x)
-        return self.adapter.statistics(self.norm.fold(as_tokens(x, self.layout)))
+    def project(self, projection: nn.Module, x: Tensor) -> Tensor:
+        """Y = X W + dY of features ``(B, C, H, W)``, for a 1x1 convolution; ``(B, d_out, H, W)``.
 
-    def affinities(self, x: Tensor, components: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """The routing, made visible: how much of each component every token of ``x`` takes, ``(B, N, r)``.
-
-        Args as for :meth:`forward`.
+        Merged where it can be: routing is linear, and the projection a plain convolution rather than something that
+        was put in its place, such as one with LoRA or quantised weights.
         """
-        self._check(x)
-        normed = self.norm.fold(as_tokens(x, self.layout))
-        return affinities(normed, (components or self.adapter(normed))[0], self.routing)
+        factors = self(x)
+        tokens = as_tokens(x, 'bchw')
+        if self.routing == 'signed' and type(projection) is nn.Conv2d:
+            weight = merge(projection.weight.flatten(1), factors, self.spec.rank).to(x.dtype)
+            out = multiply(tokens, weight.mT)
+            out = out if projection.bias is None else out + projection.bias
+        else:
+            onto = as_tokens(projection(x), 'bchw')
+            out = assemble(onto, tokens, factors, self.spec.rank, self.routing)
+        return from_tokens(out, x, 'bchw')
 
-    def forward(self, x: Tensor, components: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Add to each token of ``x`` the residual it assembles.
+    def affinities(self, x: Tensor, factors: Factors) -> dict[str, Tensor]:
+        """The routing, made visible: by target, how much of each component every token takes, ``(B, r, H, W)``.
 
         Args:
-            x: Features in the layer's layout, any number of tokens >= 1.
-            components: ``(A, D)`` to use instead of this image's own, each ``(B, r, C)``.
-
-        Returns:
-            A tensor of the shape, dtype and layout of ``x``.
-
-        Raises:
-            ValueError: ``x`` does not have the layer's layout, or has no tokens.
+            x: Features ``(B, C, H, W)``.
+            factors: What :meth:`forward` wrote of them.
         """
-        self._check(x)
-        tokens = as_tokens(x, self.layout)
-        normed = self.norm.fold(tokens)
-        bases, directions = self.adapter(normed) if components is None else components
-        return from_tokens(assemble(normed, bases, directions * self.gamma, self.routing, tokens), x, self.layout)
-
-    def _check(self, x: Tensor) -> None:
-        dim = self.gamma.numel()
-        channels = x.shape[1 if self.layout == 'bchw' else -1]
-        if x.ndim != len(self.layout) or channels != dim or x.numel() == 0:
-            raise ValueError(
-                f'expected features ({", ".join(self.layout.upper())}) with C={dim}, got {tuple(x.shape)}.'
-            )
-
-
-def _check_sizes(dim: int, rank: int, width: int, num_heads: int) -> None:
-    for name, value in (('dim', dim), ('rank', rank), ('width', width), ('num_heads', num_heads)):
-        if value < 1:
-            raise ValueError(f'{name} must be at least 1, got {value}.')
-    if width % num_heads:
-        raise ValueError(f'width must be a multiple of num_heads, got width={width} and num_heads={num_heads}.')
+        shares = affinities(as_tokens(x, 'bchw'), factors[0]).unflatten(-1, (-1, self.spec.rank))
+        if self.routing == 'topk':
+            shares = top_k(shares)
+        return {name: shares[:, :, number].mT.unflatten(2, x.shape[2:]) for number, name in enumerate(self.spec.parts)}

@@ -1,84 +1,79 @@
 """CEA layers inside a network that this package did not write.
 
-Each chosen module gets a child ``cea``, a :class:`CEALayer`, and a forward hook that applies it to the module's output.
-So the module keeps its type and the network its keys; new are ``<path>.cea.*``. Which axis of an output holds the
-channels is found by running the network twice, on images of different size.
+Each chosen module gets a child ``cea``, a :class:`CEALayer`, and a forward hook that adds what its input assembles to
+its output. So the module keeps its type and the network its keys; new are ``<path>.cea.*``.
 """
 
 import difflib
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cea_arch.layers.cea import CEALayer
+from cea_arch.layers.cea import Parts
+from cea_arch.layers.cea_layer import CEALayer
 
-# 16 suits windows of 4, 8 and 16 pixels and strides up to 16; 56 a window of 7; 128 deep pyramids
-EXAMPLE_SIZES = (16, 56, 128)
-EXAMPLE_CHANNELS = (3, 1)
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-# number of axes, and which of them (besides the batch) keep their length when height and width of the image change
-_LAYOUT_OF = {(4, (1,)): 'bchw', (3, (2,)): 'bnc', (4, (3,)): 'bhwc'}
+PACKED = 'qkv'  # parts of a packed projection, in this order
 
 
 @dataclass(frozen=True)
-class ModuleOutput:
-    """What dry runs saw of one module.
+class Site:
+    """What is known of a module that may become a target, from the widths that its layers tell.
 
     Attributes:
         kind: Name of the module's class.
-        shape: Of its first output, for a batch of two images; empty where it returned no tensor.
-        layout: ``bchw``, ``bnc`` or ``bhwc``; empty where the module cannot be a target.
-        dim: Channels; 0 where the module cannot be a target.
-        device, dtype: Of its output.
+        dim, dim_out: Channels of its input and output; 0 where it cannot be a target.
+        layout: Of both, see :class:`CEALayer`; empty where it cannot be a target.
         problem: Why it cannot be a target; empty where it can.
+        parts: Columns of its output that are adapted, by name; empty for all.
     """
 
     kind: str
-    shape: tuple[int, ...] = ()
-    layout: str = ''
     dim: int = 0
-    device: torch.device | None = None
-    dtype: torch.dtype | None = None
+    dim_out: int = 0
+    layout: str = ''
     problem: str = ''
+    parts: Parts = field(default_factory=dict)
 
 
 def inject_cea(
     net: nn.Module,
     targets: str | Sequence[str],
     rank: int | Mapping[str, int] = 8,
-    width: int = 32,
-    num_heads: int = 2,
-    conditioning: str = 'cross_attention',
+    factors: str = 'dynamic',
     routing: str = 'signed',
-    example: Tensor | None = None,
+    rank_norm: bool = True,
+    width: int | None = None,
+    heads: int = 4,
 ) -> list[str]:
     """Give the modules of ``net`` that match ``targets`` a CEA layer each, in place; the output does not change yet.
 
+    A target is a module whose first input and output are features of the same places: a linear layer, a convolution of
+    stride 1 that keeps the size, or a block of such layers. Its batch must be that of the images: a module that sees
+    windows as a batch raises at the network's first run, and the block around it is the target to take.
+
     A module that the network holds under several names gets one layer. New layers take the device and dtype of their
-    module's output, and train; what else trains is left as it is, see :func:`cea_parameters`. Torch's random numbers
-    go on as if nothing had been drawn. Everything is checked before anything changes.
+    module's parameters, and train; what else trains is left as it is, see :func:`cea_parameters`. Torch's random
+    numbers go on as if nothing had been drawn. Everything is checked before anything changes.
 
     Args:
-        net: Network whose forward takes one tensor.
+        net: Network whose forward takes images, its batch first.
         targets: Patterns over qualified module names, as for paths: ``*`` stays between two dots, a part ``**`` stands
-            for any number of parts; ``?`` and ``[0-3]`` work as well. Each must match something.
+            for any number of parts; ``?`` and ``[0-3]`` work as well. Each must match something. Of a projection to
+            queries, keys and values together, ``blocks.*.attn.qkv:qk`` adapts queries and keys alone.
         rank: Components of each layer, at most the channels of its target; or a mapping from patterns to that number,
             of which the first that matches counts.
-        width, num_heads, conditioning, routing: As for :class:`CEALayer`.
-        example: Image ``(1, C, H, W)`` that the network accepts, also at twice the height and width. By default images
-            of 3 or 1 channels and 16, 56 or 128 pixels a side are tried.
+        factors, routing, rank_norm, width, heads: As for :class:`CEALayer`.
 
     Returns:
         Names of the targets, in ``named_modules`` order.
 
     Raises:
-        ValueError: There are CEA layers already, a pattern matches nothing, a target is a container or its output has
-            no known layout, a size is wrong, or the network accepts none of the examples.
+        ValueError: There are CEA layers already, a pattern matches nothing, a module is no possible target, or a size
+            is wrong.
         TypeError: A rank is not a whole number.
     """
     present = [name for name, _ in _injected(net)]
@@ -87,30 +82,61 @@ def inject_cea(
             f'the network has CEA layers already, the first in {present[0]!r}: inject once, with all patterns, or call '
             'remove_cea before.'
         )
-    modules = {name: module for name, module in net.named_modules(remove_duplicate=False) if name}
-    names = match_names([targets] if isinstance(targets, str) else list(targets), modules)
-    ranks = _ranks(rank, names)
-    outputs = survey_modules(net, example)
+    sites = find_sites(net)
+    modules = {name: net.get_submodule(name) for name in sites}
+    wanted = _wanted([targets] if isinstance(targets, str) else list(targets), sites)
+    ranks = _ranks(rank, list(wanted))
     layers: dict[nn.Module, CEALayer] = {}
     with torch.random.fork_rng(devices=[]):  # runs with and without layers, or with other ones, draw the same data
-        for name in names:
-            _check_target(name, modules[name], outputs[name], ranks[name])
+        for name, site in wanted.items():
+            _check_target(name, modules[name], site, ranks[name])
             if modules[name] not in layers:
-                output = outputs[name]
+                sizes = (site.dim, site.dim_out, ranks[name])
+                options = (factors, routing, rank_norm, width, heads, site.layout)
                 try:
-                    layer = CEALayer(output.dim, ranks[name], width, num_heads, conditioning, routing, output.layout)
+                    layer = CEALayer(*sizes, *options, site.parts or None)
                 except ValueError as error:
                     raise ValueError(f'target {name!r}: {error}') from error
-                layers[modules[name]] = layer.to(output.device, output.dtype).train(modules[name].training)
+                like = next(p for p in modules[name].parameters() if p.is_floating_point())
+                layers[modules[name]] = layer.to(like.device, like.dtype).train(modules[name].training)
     for module, layer in layers.items():
         module.cea = layer
-        layer.hook_handle = module.register_forward_hook(apply_cea)
-    return names
+        layer.hook_handle = module.register_forward_hook(apply_cea, with_kwargs=True)
+    net.cea_batch = [net.register_forward_pre_hook(_note_batch), net.register_forward_hook(_forget_batch)]
+    return list(wanted)
 
 
-def apply_cea(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def apply_cea(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
     """The forward hook of a target. A function of its own, so that networks can be copied and pickled."""
-    return module.cea(output)
+    layer = module.cea
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    kind = type(module).__name__
+    if not (isinstance(x, Tensor) and isinstance(output, Tensor)):
+        found = f'{type(x).__name__} and {type(output).__name__}'
+        raise ValueError(f'a CEA target must take and return a tensor; {kind} takes and returns {found}.')
+    batch = getattr(layer, 'batch', None)
+    if batch is not None and len(x) != batch:
+        raise ValueError(
+            f'a CEA target must see {batch} images as its batch, {kind} sees {len(x)}, such as windows or frames: '
+            'take the block around it.'
+        )
+    try:
+        return layer(x, output)
+    except ValueError as error:
+        raise ValueError(f'CEA target {kind}: {error}') from error
+
+
+def _note_batch(net: nn.Module, args: tuple[Any, ...]) -> None:
+    """Tell the layers how many images there are. Not in traced programs, which no such number may enter."""
+    if args and isinstance(args[0], Tensor) and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        for _, module in _injected(net):
+            module.cea.batch = len(args[0])
+
+
+def _forget_batch(net: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        for _, module in _injected(net):
+            module.cea.batch = None
 
 
 def remove_cea(net: nn.Module) -> list[str]:
@@ -120,6 +146,10 @@ def remove_cea(net: nn.Module) -> list[str]:
         if hasattr(module, 'cea'):  # a shared module comes under each of its names
             module.cea.hook_handle.remove()
             del module.cea
+    if targets:
+        for handle in net.cea_batch:
+            handle.remove()
+        del net.cea_batch
     return [name for name, _ in targets]
 
 
@@ -153,17 +183,67 @@ def match_names(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
     return [name for name in names if any(_matches(name, pattern) for pattern in patterns)]
 
 
-def survey_modules(net: nn.Module, example: Tensor | None = None) -> dict[str, ModuleOutput]:
-    """Run ``net`` twice, in evaluation mode, and tell of each module by name what it returns.
+def find_sites(net: nn.Module) -> dict[str, Site]:
+    """What is known of each module of ``net`` by its name, under each of the names that it has; nothing is run."""
+    return {name: _site(module) for name, module in net.named_modules(remove_duplicate=False) if name}
 
-    Args and errors as for :func:`inject_cea`. A name stands for its module under each of the names that it has.
-    """
-    first, second = _dry_runs(net, example)
-    return {
-        name: _judge(module, first[module], second[module])
-        for name, module in net.named_modules(remove_duplicate=False)
-        if name
-    }
+
+def _site(module: nn.Module) -> Site:
+    kind = type(module).__name__
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return Site(kind, problem='is a container that is never called: name the modules inside it')
+    leaves = [m for m in module.modules() if _widths(m)]
+    if not leaves:
+        return Site(kind, problem='has no linear layer, convolution or norm that tells its channels')
+    for leaf in leaves:
+        if isinstance(leaf, nn.Conv2d) and not _keeps_places(leaf):
+            return Site(kind, problem='changes the size: a convolution in it has a stride, or pads too little or much')
+    (layout, dim, _), (_, _, dim_out) = _widths(leaves[0]), _widths(leaves[-1])
+    return Site(kind, dim, dim_out, layout)
+
+
+def _widths(module: nn.Module) -> tuple[str, int, int] | None:
+    """Layout, channels in and out of a layer that tells them."""
+    if isinstance(module, nn.Linear):
+        return 'bnc', module.in_features, module.out_features
+    if isinstance(module, nn.LayerNorm):
+        return 'bnc', module.normalized_shape[-1], module.normalized_shape[-1]
+    if isinstance(module, nn.Conv2d):
+        return 'bchw', module.in_channels, module.out_channels
+    if isinstance(module, nn.BatchNorm2d):
+        return 'bchw', module.num_features, module.num_features
+    if isinstance(module, nn.PReLU) and module.num_parameters > 1:
+        return 'bchw', module.num_parameters, module.num_parameters
+    return None
+
+
+def _keeps_places(conv: nn.Conv2d) -> bool:
+    if conv.padding == 'same':
+        return True
+    padding = (0, 0) if conv.padding == 'valid' else conv.padding
+    reach = [d * (k - 1) / 2 for d, k in zip(conv.dilation, conv.kernel_size)]
+    return set(conv.stride) == {1} and list(padding) == reach
+
+
+def _wanted(patterns: list[str], sites: Mapping[str, Site]) -> dict[str, Site]:
+    """The sites that the patterns name, in their order, each with its parts."""
+    split = [pattern.partition(':')[::2] for pattern in patterns]
+    wanted = {}
+    for name in match_names([pattern for pattern, _ in split], sites):
+        letters = next(letters for pattern, letters in split if _matches(name, pattern))
+        wanted[name] = _packed(name, sites[name], letters) if letters else sites[name]
+    return wanted
+
+
+def _packed(name: str, site: Site, letters: str) -> Site:
+    """The site of a packed projection of which some parts are adapted."""
+    if set(letters) - set(PACKED) or site.dim_out % len(PACKED):
+        raise ValueError(
+            f'target {name!r}: parts may be of {PACKED}, three alike, got {letters!r} of {site.dim_out} channels.'
+        )
+    third = site.dim_out // len(PACKED)
+    parts = {letter: (n * third, (n + 1) * third) for n, letter in enumerate(PACKED) if letter in letters}
+    return Site(site.kind, site.dim, site.dim_out, site.layout, site.problem, parts)
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -197,93 +277,12 @@ def _ranks(rank: int | Mapping[str, int], names: list[str]) -> dict[str, int]:
     return ranks
 
 
-def _check_target(name: str, module: nn.Module, output: ModuleOutput, rank: int) -> None:
-    if output.problem:
-        raise ValueError(f'target {name!r} {output.problem}.')
+def _check_target(name: str, module: nn.Module, site: Site, rank: int) -> None:
+    if site.problem:
+        raise ValueError(f'target {name!r} {site.problem}.')
     if hasattr(module, 'cea'):
         raise ValueError(f'target {name!r} has something called cea already.')
     if not isinstance(rank, int) or isinstance(rank, bool):
         raise TypeError(f'target {name!r}: rank must be a whole number, got {rank!r}.')
-    if rank > output.dim:
-        raise ValueError(f'target {name!r}: rank must be at most its {output.dim} channels, got {rank}.')
-
-
-def _dry_runs(net: nn.Module, example: Tensor | None) -> tuple[dict[nn.Module, list], dict[nn.Module, list]]:
-    """Outputs of each module for two small images, then for one of twice the height and width."""
-    if example is not None:
-        if example.ndim != 4:
-            raise ValueError(f'example must be an image (1, C, H, W), got {tuple(example.shape)}.')
-        examples = [example[:1]]
-    else:
-        like = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0))
-        sizes = itertools.product(EXAMPLE_SIZES, EXAMPLE_CHANNELS)
-        examples = (like.new_full((1, channels, size, size), 0.5) for size, channels in sizes)
-    for image in examples:
-        try:
-            return _record(net, image.repeat(2, 1, 1, 1)), _record(net, image.repeat(1, 1, 2, 2))
-        except Exception as error:  # whatever the foreign forward raises for a size or channel count that it refuses
-            failure = error
-    tried = f'{tuple(example[:1].shape)}' if example is not None else '3 or 1 channels, 16, 56 and 128 pixels a side'
-    raise ValueError(
-        f'the network does not run on an example image ({tried}) and on one twice as large, so its layouts cannot be '
-        f'found: {failure} Give an example that it accepts.'
-    ) from failure
-
-
-def _record(net: nn.Module, images: Tensor) -> dict[nn.Module, list[ModuleOutput]]:
-    seen = {module: [] for module in net.modules()}
-
-    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        kind = type(module).__name__
-        if isinstance(output, Tensor):
-            seen[module].append(ModuleOutput(kind, tuple(output.shape), device=output.device, dtype=output.dtype))
-        else:
-            seen[module].append(ModuleOutput(kind, problem=f'returns a {type(output).__name__}, not a tensor'))
-
-    modes = {module: module.training for module in seen}
-    handles = [module.register_forward_hook(note) for module in seen]
-    try:
-        net.eval()
-        with torch.no_grad():
-            net(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    return seen
-
-
-def _judge(module: nn.Module, first: list[ModuleOutput], second: list[ModuleOutput]) -> ModuleOutput:
-    kind = type(module).__name__
-    if isinstance(module, CONTAINERS):
-        shape = first[0].shape if first else ()
-        return ModuleOutput(kind, shape, problem='is a container: name the modules inside it')
-    if not first or len(first) != len(second):
-        return ModuleOutput(kind, problem='did not run in the dry run')
-    layouts = [_layout(small, large) for small, large in zip(first, second)]
-    problems = [layout.problem for layout in layouts if layout.problem]
-    if problems:
-        return ModuleOutput(kind, first[0].shape, problem=problems[0])
-    if len({(layout.layout, layout.dim) for layout in layouts}) > 1:
-        shapes = ' and '.join(str(call.shape) for call in first)
-        return ModuleOutput(kind, first[0].shape, problem=f'runs several times, with different channels: {shapes}')
-    return layouts[0]
-
-
-def _layout(small: ModuleOutput, large: ModuleOutput) -> ModuleOutput:
-    """The output of one call with its layout: the axis that does not follow the image's size holds the channels."""
-    if small.problem:
-        return small
-    fixed = tuple(axis for axis, lengths in enumerate(zip(small.shape, large.shape)) if axis and len(set(lengths)) == 1)
-    layout = _LAYOUT_OF.get((len(small.shape), fixed))
-    has_batch = (small.shape[:1], large.shape[:1]) == ((2,), (1,))
-    if not (layout and has_batch and len(large.shape) == len(small.shape) and small.dtype.is_floating_point):
-        return ModuleOutput(
-            small.kind,
-            small.shape,
-            problem=f'returns {small.shape} for two images and {large.shape} for one of twice the size: none of '
-            '(B, C, H, W), (B, N, C), (B, H, W, C)',
-        )
-    dim = small.shape[fixed[0]]
-    return ModuleOutput(small.kind, small.shape, layout, dim, small.device, small.dtype)
+    if rank > (most := min(site.dim, site.dim_out)):
+        raise ValueError(f'target {name!r}: rank must be at most its {most} channels, got {rank}.')

@@ -65,8 +65,8 @@ def published(benchmark: str) -> list[Method]:
     methods = []
     for row in csv.DictReader(text.splitlines()):
         name, params, protocol, source = (row.pop(key) for key in ('method', 'params', 'protocol', 'source'))
-        cells = {column: cell.split('/') for column, cell in row.items() if cell}
-        scores = {column: (float(psnr), float(ssim)) for column, (psnr, ssim) in cells.items()}
+        cells = {column: cell.partition('/') for column, cell in row.items() if cell}
+        scores = {column: (float(psnr), float(ssim) if ssim else None) for column, (psnr, _, ssim) in cells.items()}
         methods.append(Method(name, protocol, scores, source, params))
     return methods
 

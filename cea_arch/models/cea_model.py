@@ -17,6 +17,7 @@ from cea_arch import distributed
 from cea_arch.archs.with_cea_arch import WithCEA
 from cea_arch.checkpoints import read_checkpoint, weights_of, write_checkpoint
 from cea_arch.data.replay import seed_all
+from cea_arch.errors import UserError
 from cea_arch.metrics.protocols import PROTOCOLS
 from cea_arch.models.report import Report
 from cea_arch.models.training_step import TrainingStep, checkpoint_activations, memory_format, optimizer_class
@@ -27,11 +28,12 @@ from cea_arch.models.validation import ValidatedModel
 class CEAModel(ValidatedModel):
     """Train and validate a restoration network.
 
-    Beside SRModel's options it reads ``train.fft_opt`` (a loss, such as ``FFTLoss``), those of :class:`TrainingStep`,
-    ``train.checkpoint_activations`` (see the function), any of torch's usual optimizers, ``device: mps``,
-    ``val.protocol`` (one of ``PROTOCOLS``), ``val.maps`` (names of CEA layers whose routing is drawn for each set's
-    first image; true: the last one), ``logger.keep_last`` (how many checkpoints stay, all by default), and from each
-    validation set ``benchmark`` and ``group``: sets of one benchmark, and of one group, get a common mean. Validation
+    Beside SRModel's options it reads ``train.fft_opt`` (a loss, such as ``CEAFFTLoss``), those of
+    :class:`TrainingStep`, ``train.checkpoint_activations`` (see the function), any of torch's usual optimizers,
+    ``device: mps``, ``val.protocol`` (one of ``PROTOCOLS``), ``val.maps`` (CEA layers whose routing is drawn for each
+    set's first image, see :class:`cea_arch.maps.RoutingMaps`; true: the last one), ``logger.keep_last`` (how many
+    checkpoints stay, all by default), and from each validation set ``benchmark`` and ``group``: sets of one benchmark,
+    and of one group, get a common mean. Validation
     scores the degraded input beside the result, and writes the files of :class:`Report`; the weights with the best mean
     of the first metric are kept as ``net_g_best.pth``.
 
@@ -78,11 +80,19 @@ class CEAModel(ValidatedModel):
         """What decides whether two runs can be compared: batch, loss terms with their weights, protocol of scoring."""
         devices = distributed.devices(self.opt)
         per_device = self.opt['datasets']['train']['batch_size_per_gpu']
+        total = self.opt['train'].get('total_batch_size') or per_device * devices
+        if total != per_device * devices:
+            raise UserError(
+                f'train.total_batch_size is {total}, but {devices} devices take {per_device} each: import cea_arch '
+                'before the options are parsed, or use cea train.'
+            )
         parts = f', each computed in {self.step.accumulate} parts' if self.step.accumulate > 1 else ''
         lines = [f'Effective batch: {per_device * devices} ({devices} x {per_device}{parts})']
         for name, loss in (('l_pix', self.cri_pix), ('l_fft', self.cri_fft), ('l_percep', self.cri_perceptual)):
             if loss:
-                words = [f'{key} {value}' for key, value in vars(loss).items() if key.endswith(('weight', 'norm'))]
+                words = [
+                    f'{key} {value}' for key, value in vars(loss).items() if key.endswith(('weight', 'norm', 'target'))
+                ]
                 lines.append(f'Loss term {name}: {type(loss).__name__}, {", ".join(words)}')
         if self.protocol:
             lines.append(f'Scores by protocol {self.protocol}: {PROTOCOLS[self.protocol].text}')

@@ -29,7 +29,8 @@ class TrainingStep:
     Args:
         options: ``train`` of an option file, of which it reads
             amp: ``off``, ``bf16`` or ``fp16`` (with loss scaling): the network runs under autocast, losses in float32.
-            accumulate: In how many parts, one after the other, a batch is computed.
+            accumulate: In how many parts, one after the other, a batch is computed; ``train.total_batch_size`` sets
+                it, see :func:`cea_arch.distributed.spread_batch`.
             grad_clip: Largest norm of the gradient; longer ones are scaled down to it.
             max_skipped: After so many steps in a row whose gradient is not finite, :class:`TrainingStopped` is raised.
             compile: Compile the network with ``torch.compile``, for training; validation runs it as it is.

@@ -1,0 +1,213 @@
+"""CEA-IR: the paper's U-shaped network for all-in-one restoration, and a small one of ours for CPUs."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cea_arch.layers import CEABlock, ConvBlock
+
+NUM_LEVELS = 4
+STAGES = ('encoder', 'latent', 'decoder', 'refinement')
+BLOCKS = ('attention', 'conv')
+FFN_EXPANSION_FACTOR = 2.0
+_PAPER = {
+    'block': 'attention',
+    'num_blocks': (4, 6, 6, 8),
+    'num_dec_blocks': (2, 4, 4),
+    'num_refinement_blocks': 4,
+    'up_kernel': 3,
+    'pooled_scale': False,
+    'modulate': ('q', 'k'),
+    'cea_stages': ('decoder',),
+    'cea_width': None,
+    'cea_heads': 4,
+}
+SIZES = {
+    'base': _PAPER | {'dim': 48},
+    'S': _PAPER | {'dim': 32},
+    'T': {
+        'block': 'conv',
+        'dim': 20,
+        'num_blocks': (1, 1, 2, 4),
+        'num_dec_blocks': (1, 1, 1),
+        'num_refinement_blocks': 1,
+        'up_kernel': 1,
+        'pooled_scale': False,
+        'modulate': ('mixer',),
+        'cea_stages': ('latent', 'decoder'),
+        'cea_width': 20,
+        'cea_heads': 4,
+    },
+}
+
+
+class CEAIR(nn.Module):
+    """Restore an image of unknown, mixed, spatially varying degradation: a U-Net with CEA in its decoder.
+
+    ``base`` (CEA-IR) and ``S`` (CEA-IR-S) are the paper's networks, with its numbers of parameters to the unit: blocks
+    of :class:`cea_arch.layers.CEABlock`, three downsampling steps, skips concatenated and reduced by 1x1 convolutions,
+    the first convolution's features added before the refinement, CEA in the first, third, ... block of each decoder
+    stage. ``T`` is ours, for CPUs: of :class:`cea_arch.layers.ConvBlock`, so that CEA is its only image-wide operation.
+
+    Any H, W >= 1, without padding the image: each level has the size that it needs, half the one above, rounded up. So
+    no padded token exists that could enter what is read from the whole image.
+
+    Args:
+        num_in_ch: Channels of the input and output image.
+        size: ``base``, ``S`` or ``T``: sets each of the following arguments that is left at ``None``.
+        block: ``attention`` or ``conv``, the kind of all blocks.
+        dim: Channels at full resolution, doubling from level to level.
+        num_blocks: Blocks of the three encoder levels and of the latent one.
+        num_dec_blocks: Blocks of the decoder, from full resolution down.
+        num_refinement_blocks: Blocks at full resolution after the decoder.
+        heads: Attention heads of the four levels, from full resolution down; conv blocks have none.
+        ffn_expansion_factor: Hidden channels of the blocks, as a multiple of the level's.
+        up_kernel: Kernel of the convolutions before pixel shuffles, 3 (as in Restormer) or 1.
+        pooled_scale: Whether conv blocks have pooled channel attention.
+        modulate: Projections of a block that CEA adapts: of ``q``, ``k``, ``v``, ``ffn``, or, in conv blocks, of
+            ``mixer``, ``ffn``. None of them: the same network without CEA.
+        cea_stages: Stages with CEA, of ``encoder``, ``latent``, ``decoder``, ``refinement``, in every other block of
+            each, beginning with the first.
+        cea_width: Channels of condensed context and queries, where a level has more; ``None``: the level's.
+        cea_heads: Attention heads of the hyper-adapter.
+        rank, factors, routing, rank_norm: Of :class:`cea_arch.layers.HyperAdapter`; the paper's contrasts.
+
+    Raises:
+        ValueError: An unknown word, or lists of the wrong length.
+
+    Attributes:
+        blocks: Patterns over the names of its blocks, for ``train.checkpoint_activations``.
+    """
+
+    blocks = ('encoder.*.*', 'latent.*', 'decoder.*.*', 'refinement.*')
+
+    def __init__(
+        self,
+        num_in_ch: int = 3,
+        size: str = 'base',
+        block: str | None = None,
+        dim: int | None = None,
+        num_blocks: Sequence[int] | None = None,
+        num_dec_blocks: Sequence[int] | None = None,
+        num_refinement_blocks: int | None = None,
+        heads: Sequence[int] = (1, 2, 4, 8),
+        ffn_expansion_factor: float = FFN_EXPANSION_FACTOR,
+        up_kernel: int | None = None,
+        pooled_scale: bool | None = None,
+        modulate: Sequence[str] | None = None,
+        cea_stages: Sequence[str] | None = None,
+        cea_width: int | None = None,
+        cea_heads: int | None = None,
+        rank: int = 8,
+        factors: str = 'dynamic',
+        routing: str = 'signed',
+        rank_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        chosen = {name: value for name, value in locals().items() if name in _PAPER | {'dim': None}}
+        if size not in SIZES:
+            raise ValueError(f'size must be one of {", ".join(SIZES)}, got {size!r}.')
+        settings = SIZES[size] | {name: value for name, value in chosen.items() if value is not None}
+        _check_settings(settings, heads)
+        dim = settings['dim']
+        cea = dict(rank=rank, factors=factors, routing=routing, rank_norm=rank_norm, heads=settings['cea_heads'])
+
+        def stage(name: str, level: int, num_blocks: int) -> nn.Sequential:
+            width = dim * 2**level
+            options = cea | {'width': min(width, settings['cea_width'] or width)}
+
+            def make(number: int) -> nn.Module:
+                modulate = settings['modulate'] if name in settings['cea_stages'] and number % 2 == 0 else ()
+                if settings['block'] == 'conv':
+                    return ConvBlock(width, ffn_expansion_factor, modulate, settings['pooled_scale'], **options)
+                return CEABlock(width, heads[level], ffn_expansion_factor, modulate, **options)
+
+            return nn.Sequential(*map(make, range(num_blocks)))
+
+        *encoder, latent = settings['num_blocks']
+        decoder = settings['num_dec_blocks']
+        levels = range(NUM_LEVELS - 1)
+        self.embed = nn.Conv2d(num_in_ch, dim, 3, padding=1, bias=False)
+        self.encoder = nn.ModuleList(stage('encoder', level, encoder[level]) for level in levels)
+        self.down = nn.ModuleList(Downsample(dim * 2**level) for level in levels)
+        self.latent = stage('latent', NUM_LEVELS - 1, latent)
+        self.up = nn.ModuleList(_upsample(dim * 2 ** (level + 1), settings['up_kernel']) for level in levels)
+        self.fuse = nn.ModuleList(nn.Conv2d(dim * 2 ** (level + 1), dim * 2**level, 1, bias=False) for level in levels)
+        self.decoder = nn.ModuleList(stage('decoder', level, decoder[level]) for level in levels)
+        self.refinement = stage('refinement', 0, settings['num_refinement_blocks'])
+        self.output = nn.Conv2d(dim, num_in_ch, 3, padding=1, bias=False)
+        nn.init.zeros_(self.output.weight)  # a fresh network is the identity (our choice)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Restore RGB images ``(B, C, H, W)`` in [0, 1]; same shape out, not clipped."""
+        first = features = self.embed(x)
+        skips = []
+        for encoder, down in zip(self.encoder, self.down, strict=True):
+            skips.append(encoder(features))
+            features = down(skips[-1])
+        features = self.latent(features)
+        for level in reversed(range(NUM_LEVELS - 1)):
+            skip = skips.pop()
+            features = _crop(self.up[level](features), *skip.shape[-2:])
+            features = self.decoder[level](self.fuse[level](torch.cat([features, skip], dim=1)))
+        return x + self.output(self.refinement(features + first))
+
+
+def named_size(weights: Mapping[str, Tensor]) -> str | None:
+    """The named size whose weights have these names and shapes; ``None`` if there is none."""
+    for size in SIZES:
+        with torch.device('meta'):
+            expected = CEAIR(size=size).state_dict()
+        if {name: v.shape for name, v in expected.items()} == {name: v.shape for name, v in weights.items()}:
+            return size
+    return None
+
+
+class Downsample(nn.Module):
+    """Half the size, rounded up, and twice the channels; an odd last row or column is repeated to fill its cells."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim // 2, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, C, H, W)`` to ``(B, 2C, ceil(H/2), ceil(W/2))``."""
+        x = self.conv(x)
+        height, width = x.shape[-2:]
+        row, column = (height + 1) // 2 * 2 - height, (width + 1) // 2 * 2 - width
+        # an exported program serves odd and even sizes, so it must not depend on which one was traced
+        if _is_exporting() or row or column:
+            x = F.pad(x, (0, column, 0, row), mode='replicate')
+        return F.pixel_unshuffle(x, 2)
+
+
+def _crop(x: Tensor, height: int, width: int) -> Tensor:
+    """The first rows and columns of ``(B, C, H, W)``."""
+    if _is_exporting():  # a slice would bind the program to sizes that are odd, or even, as the traced one
+        rows, columns = (torch.arange(length, device=x.device) for length in (height, width))
+        return x.index_select(2, rows).index_select(3, columns)
+    return x[..., :height, :width]
+
+
+def _is_exporting() -> bool:
+    """Whether a program for any size is being traced; torch before 2.7 does not tell it from compiling."""
+    return getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)()
+
+
+def _upsample(dim: int, kernel: int) -> nn.Sequential:
+    """Twice the size, half the channels."""
+    return nn.Sequential(nn.Conv2d(dim, dim * 2, kernel, padding=kernel // 2, bias=False), nn.PixelShuffle(2))
+
+
+def _check_settings(settings: dict, heads: Sequence[int]) -> None:
+    lists = {name: settings[name] for name in ('num_blocks', 'num_dec_blocks')} | {'heads': heads}
+    for (name, numbers), length in zip(lists.items(), (NUM_LEVELS, NUM_LEVELS - 1, NUM_LEVELS)):
+        if len(numbers) != length:
+            raise ValueError(f'{name} must have {length} numbers, got {list(numbers)}.')
+    if settings['block'] not in BLOCKS:
+        raise ValueError(f'block must be one of {", ".join(BLOCKS)}, got {settings["block"]!r}.')
+    unknown = [stage for stage in settings['cea_stages'] if stage not in STAGES]
+    if unknown:
+        raise ValueError(f'cea_stages may hold {", ".join(STAGES)}, got {unknown[0]!r}.')
