@@ -96,8 +96,8 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
         '--variants',
         nargs='+',
         default=None,
-        help='ablations: cea (as the file says), none, q, k, v, qk, qkv, mixer, ffn, static, pooled, topk, '
-        'static_topk, no_rank_norm, r4, r16 (default: none static pooled topk cea)',
+        help='ablations: cea (as the file says), none, q, k, v, qk, qkv, ffn, mixer, mixed, fuse, static, pooled, '
+        'topk, static_topk, no_rank_norm, r4, r16, scale, none_scale (default: none static pooled topk cea)',
     )
     study.add_argument('--match', action='store_true', help='equal parameters, by wider or narrower feed-forwards')
     study.add_argument('--jobs', type=int, default=1, help='trainings at a time')

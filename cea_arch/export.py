@@ -82,7 +82,8 @@ def export_network(
     write, read = FORMATS[path.suffix]
     dtype, tolerance = (torch.float16, TOLERANCE_HALF) if half else (torch.float32, TOLERANCE)
     multiple = find_fit(net.eval().cpu(), torch.device('cpu')).multiple
-    sizes = [tuple(math.ceil(side / multiple) * multiple for side in size) for size in (TRACED_SIZE, *SIZES)]
+    built_for = {m.img_size for m in net.modules() if isinstance(getattr(m, 'img_size', None), tuple)}  # as SwinIR is
+    sizes = [tuple(math.ceil(n / multiple) * multiple for n in size) for size in (TRACED_SIZE, *SIZES, *built_for)]
     with written_beside(path) as aside:
         write(_traced(copy.deepcopy(net).to(dtype), torch.rand(1, 3, *sizes[0]).to(dtype), multiple), aside)
         exported = read(aside)

@@ -55,7 +55,7 @@ class CEAIRArch(spandrel.Architecture[CEAIR]):
     """CEAIR in its named sizes and others."""
 
     def __init__(self) -> None:
-        keys = ('embed.weight', 'up.0.0.weight', 'fuse.0.weight', 'refinement.0.norm1.weight', 'output.weight')
+        keys = ('embed.weight', 'up.0.0.weight', 'fuse.0.conv.weight', 'refinement.0.norm1.weight', 'output.weight')
         super().__init__(id='CEAIR', detect=spandrel.util.KeyCondition.has_all(*keys))
 
     def load(self, state_dict: Mapping[str, Any]) -> spandrel.ImageModelDescriptor[CEAIR]:
@@ -123,13 +123,14 @@ def cea_ir_options(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         # half a channel more, so that rounding down gives this number at every level
         'ffn_expansion_factor': (hidden + 0.5) / (dim * 2 ** (NUM_LEVELS - 1)),
         'up_kernel': weights['up.0.0.weight'].shape[-1],
+        'bias': 'embed.bias' in weights,
         'pooled_scale': any('.pooled_scale.' in name for name in weights),
     }
     if attention:
         options['heads'] = [len(weights[f'{stage}.0.attn.temperature']) for stage in stages]
     adapters: dict[str, dict[str, Tensor]] = {}
     for name, value in weights.items():
-        path, is_cea, rest = re.sub(r'\.(mixer|ffn)_cea\.', r'.\1.cea.', name).partition('.cea.')
+        path, is_cea, rest = re.sub(r'\.(mixer|mixed|ffn)_cea\.', r'.\1.cea.', name).partition('.cea.')
         if is_cea:
             adapters.setdefault(path, {})[rest] = value
     layers = [_layer_options(layer, 'CEAIR') for layer in adapters.values()]

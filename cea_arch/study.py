@@ -1,4 +1,4 @@
-"""``cea study``: does CEA earn its place? The same training with the paper's ablations, for several seeds."""
+"""``cea study``: does CEA earn its place, and what does it do? The same training with the paper's ablations."""
 
 import argparse
 import json
@@ -6,26 +6,35 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from cea_arch.checkpoints import build_network
+from cea_arch.checkpoints import build_network, load_network
 from cea_arch.errors import UserError, suggest
 from cea_arch.files import written_beside
+from cea_arch.layers import HyperAdapter
+from cea_arch.layers.cea import assemble
+from cea_arch.layers.tokens import as_tokens, from_tokens
 from cea_arch.networks.cea_ir import FFN_EXPANSION_FACTOR
-from cea_arch.options import read_options, write_options
+from cea_arch.options import check_options, read_options, write_options
+from cea_arch.pipeline import parsed_options
 
-VARIANTS = {  # the paper's ablations by name: what of network_g each changes
+VARIANTS = {  # the paper's ablations by name, and ours of T: what of network_g each changes
     'none': {'modulate': []},
     'q': {'modulate': ['q']},
     'k': {'modulate': ['k']},
     'v': {'modulate': ['v']},
     'qk': {'modulate': ['q', 'k']},
     'qkv': {'modulate': ['q', 'k', 'v']},
-    'mixer': {'modulate': ['mixer']},
     'ffn': {'modulate': ['ffn']},
+    'mixer': {'modulate': ['mixer']},
+    'mixed': {'modulate': ['mixed']},
+    'fuse': {'modulate': ['fuse']},
     'static': {'factors': 'static'},
     'pooled': {'factors': 'pooled'},
     'topk': {'routing': 'topk'},
@@ -33,6 +42,8 @@ VARIANTS = {  # the paper's ablations by name: what of network_g each changes
     'no_rank_norm': {'rank_norm': False},
     'r4': {'rank': 4},
     'r16': {'rank': 16},
+    'scale': {'pooled_scale': True},
+    'none_scale': {'modulate': [], 'pooled_scale': True},
     'cea': {},
 }
 DEFAULT = ('none', 'static', 'pooled', 'topk', 'cea')
@@ -73,9 +84,19 @@ def run(args: argparse.Namespace) -> int:
         done = list(pool.map(lambda key: train(*key), runs))
     failed = [name for name, good in zip(runs.values(), done, strict=True) if not good]
     results = {key: _scores(args.root, name) for key, name in runs.items() if name not in failed}
-    text = table(results, counts)
-    content = {f'{variant}_s{seed}': scores for (variant, seed), scores in results.items()}
-    for file, written in (('study.md', text), ('study.json', json.dumps({'parameters': counts, 'psnr': content}))):
+    content = {'parameters': counts, 'psnr': {f'{name}_s{seed}': scores for (name, seed), scores in results.items()}}
+    trained = {name: run for (name, seed), run in runs.items() if seed == args.seeds[0] and run not in failed}
+    images = _first_images(args, opt)
+    content['residuals'] = {
+        name: (
+            residuals(build_network(networks[name]), images),
+            residuals(load_network(_weights(args.root, run)), images),
+        )
+        for name, run in trained.items()
+        if networks[name].get('modulate') != []
+    }
+    text = table(results, counts) + residual_table(content['residuals'])
+    for file, written in (('study.md', text), ('study.json', json.dumps(content))):
         with written_beside(folder / file) as aside:
             aside.write_text(written, 'utf-8')
     print(text, end='')
@@ -118,6 +139,68 @@ def table(results: dict[tuple[str, int], Scores], counts: dict[str, int]) -> str
             cells = [_spread([ours[column] - theirs[column] for ours, theirs in pairs], '+') for column in sets]
             lines.append(f'| cea - {name} | | {len(pairs)} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines) + '\n\nPSNR in dB: mean and standard deviation over the seeds.\n'
+
+
+def residuals(net: nn.Module, images: list[Tensor]) -> dict[str, tuple[float, float]]:
+    """What CEA does, by site.
+
+    Args:
+        net: A network with hyper-adapters.
+        images: RGB ``(1, 3, H, W)`` in [0, 1], two or more.
+
+    Returns:
+        The mean of |dY| / |XW| over the images, and of the cosine between the rows of A of any two of them.
+    """
+    adapters = {name: m for name, m in net.named_modules() if isinstance(m, HyperAdapter)}
+    seen = {name: [] for name in adapters}
+    for name, adapter in adapters.items():
+        adapter.project = partial(_project_seen, adapter, seen[name])
+    try:
+        with torch.no_grad():
+            for image in images:
+                net.eval()(image)
+    finally:
+        for adapter in adapters.values():
+            del adapter.project
+    found = {}
+    for name, calls in seen.items():
+        sizes, bases = zip(*calls)
+        cosines = [F.cosine_similarity(a, b, dim=-1).mean() for n, a in enumerate(bases) for b in bases[:n]]
+        found[name] = (statistics.mean(sizes), torch.stack(cosines).mean().item())
+    return found
+
+
+def residual_table(found: dict[str, dict[str, Any]]) -> str:
+    """What :func:`residuals` gave of a fresh and of a trained network of each variant."""
+    lines = [
+        '',
+        '| variant | site | size, fresh | trained | cosine, fresh | trained |',
+        '|---|---|---:|---:|---:|---:|',
+    ]
+    for variant, (fresh, trained) in found.items():
+        for site, before in fresh.items():
+            cells = (f'{value:.2f}' for pair in zip(before, trained[site]) for value in pair)
+            lines.append(f'| {variant} | {site} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join([*lines, '', 'Size: |dY| / |XW|. Cosine: of the rows of A, between two pictures.', ''])
+
+
+def _first_images(args: argparse.Namespace, opt: dict[str, Any]) -> list[Tensor]:
+    """The first image of each validation set, at most 256 x 256 of it."""
+    datasets = check_options(parsed_options(args, opt, is_train=True)).datasets
+    return [dataset[0]['lq'][None, :, :256, :256] for phase, dataset in datasets.items() if phase != 'train']
+
+
+def _weights(root: str, name: str) -> Path:
+    return Path(root, 'experiments', name, 'models', 'net_g_latest.pth')
+
+
+def _project_seen(adapter: HyperAdapter, seen: list, projection: nn.Module, x: Tensor) -> Tensor:
+    """As :meth:`HyperAdapter.project`, noting the size of the residual and the routing bases."""
+    tokens, plain, factors = as_tokens(x, 'bchw'), as_tokens(projection(x), 'bchw'), adapter(x)
+    residual = assemble(torch.zeros_like(plain), tokens, factors, adapter.spec.rank, adapter.routing)
+    beside = torch.cat([plain[..., a:b] for a, b in adapter.spec.parts.values()], dim=-1)
+    seen.append(((residual.norm() / beside.norm()).item(), factors[0][0]))
+    return from_tokens(plain + residual, x, 'bchw')
 
 
 def _train(file: Path, name: str, root: str, total: int) -> bool:

@@ -10,11 +10,12 @@ from cea_arch.networks import CEAIR
 from cea_arch.networks.cea_ir import Downsample, named_size
 
 TINY = {'size': 'T', 'dim': 8, 'num_blocks': [1, 1, 1, 1]}
+PAPER = TINY | {'block': 'attention', 'modulate': ['q', 'k'], 'cea_stages': ['decoder'], 'up_kernel': 3, 'bias': False}
 TINIES = {
-    'conv': TINY,
-    'conv, pooled': TINY | {'pooled_scale': True, 'modulate': ['mixer', 'ffn']},
-    'attention': TINY | {'block': 'attention', 'modulate': ['q', 'k'], 'cea_stages': ['decoder'], 'up_kernel': 3},
-    'attention, all': TINY | {'block': 'attention', 'modulate': ['q', 'k', 'v', 'ffn'], 'heads': [1, 1, 2, 4]},
+    'T': TINY,
+    'conv': TINY | {'pooled_scale': False, 'modulate': ['mixer', 'ffn'], 'cea_stages': ['latent', 'decoder']},
+    'attention': PAPER,
+    'attention, all': PAPER | {'modulate': ['q', 'k', 'v', 'ffn', 'fuse'], 'heads': [1, 1, 2, 4]},
 }
 # parameters as printed, at ranks 4, 8 and 16; where a size is ours, the most there may be
 PARAMETERS = {('S', 4): 9_708_198, ('S', 8): 9_711_526, ('S', 16): 9_718_182, ('base', 8): 21_630_134}
@@ -68,7 +69,7 @@ def test_the_paper_has_cea_in_alternating_decoder_blocks_from_the_first():
 @pytest.mark.parametrize('size', ['base', 'S', 'T'])
 def test_ceas_share_of_the_compute(size):
     share = cost(size=size)[1] / cost(size=size, modulate=[])[1] - 1
-    assert 0 < share <= (0.025 if size == 'T' else 0.01)
+    assert 0 < share <= (0.07 if size == 'T' else 0.01)
 
 
 def test_t_keeps_its_budget():
@@ -171,9 +172,11 @@ def test_stages_choose_where_cea_sits():
         net = CEAIR(**TINY | options)
         return [name.removesuffix('.mixer_cea') for name, m in net.named_modules() if isinstance(m, HyperAdapter)]
 
-    assert sites(cea_stages=['encoder']) == ['encoder.0.0', 'encoder.1.0', 'encoder.2.0']
-    assert sites(num_blocks=[1, 1, 1, 5], cea_stages=['latent']) == ['latent.0', 'latent.2', 'latent.4']
-    assert sites(cea_stages=[]) == sites(modulate=[]) == []
+    mixer = {'modulate': ['mixer']}
+    assert sites(**mixer, cea_stages=['encoder']) == ['encoder.0.0', 'encoder.1.0', 'encoder.2.0']
+    assert sites(**mixer, num_blocks=[1, 1, 1, 5], cea_stages=['latent']) == ['latent.0', 'latent.2', 'latent.4']
+    assert sites(modulate=['fuse']) == ['fuse.0.cea', 'fuse.1.cea', 'fuse.2.cea']
+    assert sites(**mixer, cea_stages=[]) == sites(modulate=[]) == []
 
 
 def test_every_parameter_gets_a_gradient(tiny):
@@ -193,9 +196,9 @@ def test_every_parameter_gets_a_gradient(tiny):
             "cea_stages may hold encoder, latent, decoder, refinement, got 'middle'",
         ),
         ({'size': 'T', 'block': 'mamba'}, "block must be one of attention, conv, got 'mamba'"),
-        ({'size': 'T', 'modulate': ['q']}, "modulate may hold mixer, ffn, got 'q'"),
-        ({'size': 'S', 'modulate': ['mixer']}, "modulate may hold q, k, v, ffn, got 'mixer'"),
-        ({'size': 'S', 'modulate': 'qx'}, "modulate may hold q, k, v, ffn, got 'x'"),
+        ({'size': 'T', 'modulate': ['q']}, "modulate may hold mixer, mixed, ffn, fuse, got 'q'"),
+        ({'size': 'S', 'modulate': ['mixer']}, "modulate may hold q, k, v, ffn, fuse, got 'mixer'"),
+        ({'size': 'S', 'modulate': 'qx'}, "modulate may hold q, k, v, ffn, fuse, got 'x'"),
         ({'size': 'S', 'dim': 10, 'heads': [3, 2, 4, 8]}, 'dim must be a multiple of num_heads, got dim=10'),
         ({'size': 'S', 'cea_heads': 3}, 'width must be a multiple of heads'),
     ],

@@ -18,7 +18,7 @@ from cea_arch.models.curves import read_curves
 def test_what_a_run_shows(workplace):
     """Scalars, pictures, routing in TensorBoard; curves beside the table; a resumed run takes back what was ahead."""
     folder, opt = workplace
-    opt['val'] |= {'val_freq': 2, 'save_img': False, 'maps': ['decoder.0.0.mixer_cea']}
+    opt['val'] |= {'val_freq': 2, 'save_img': False, 'maps': ['fuse.0.cea']}
     opt['train']['total_iter'] = 6
     assert train(folder, opt) == 0
     events = EventAccumulator(str(folder / 'tb_logger/run'), size_guidance={'images': 0})
@@ -28,13 +28,11 @@ def test_what_a_run_shows(workplace):
     assert scalars | {f'metrics/{name}/{m}' for name in ('s25', 's50') for m in ('psnr', 'psnr8')} == set(
         tags['scalars']
     )
-    assert {f'{name}/{tag}' for name in ('s25', 's50') for tag in ('comparison', 'decoder.0.0.mixer_cea')} == set(
-        tags['images']
-    )
+    assert {f'{name}/{tag}' for name in ('s25', 's50') for tag in ('comparison', 'fuse.0.cea')} == set(tags['images'])
     assert [event.step for event in events.Images('s25/comparison')] == [2, 4, 6]
     assert all(0 <= event.value <= 1 for event in events.Scalars('speed/data_wait'))
     run = folder / 'experiments/run'
-    height, width = cv2.imread(str(run / 'maps/s25/decoder.0.0.mixer_cea.png')).shape[:2]
+    height, width = cv2.imread(str(run / 'maps/s25/fuse.0.cea.png')).shape[:2]
     assert (height, width) == (3 * (40 + 8), 3 * (45 + 8))  # eight components
     curves = cv2.imread(str(run / 'curves.png'))
     assert curves.shape == (3 * 260, 2 * 480, 3)
@@ -51,9 +49,9 @@ def test_what_a_run_shows(workplace):
 
 def test_maps_of_no_layer(workplace, capsys):
     folder, opt = workplace
-    opt['val'] |= {'val_freq': 1, 'maps': ['refinment.0.cea']}
+    opt['val'] |= {'val_freq': 1, 'maps': ['fuze.0.cea']}
     assert train(folder, opt) == 2
-    assert "no CEA layer 'refinment.0.cea'. Did you mean 'decoder.0.0.mixer_cea'?" in capsys.readouterr().err
+    assert "no CEA layer 'fuze.0.cea'. Did you mean 'fuse.0.cea'?" in capsys.readouterr().err
 
 
 def test_wandb_offline(workplace):

@@ -20,7 +20,7 @@ from cea_arch.costs import (
     peak_memory,
 )
 from cea_arch.errors import UserError
-from cea_arch.layers import CEALayer, HyperAdapter, inject_cea
+from cea_arch.layers import HyperAdapter, inject_cea
 from cea_arch.networks import CEAIR
 from cea_arch.profiling import markdown, network_of_code, without_cea
 
@@ -130,7 +130,7 @@ def test_without_cea_layers_all_else_stays():
     bare = without_cea(net, 'mine')
     layers = [m for m in net.modules() if isinstance(m, HyperAdapter)]
     cea = sum(p.numel() for layer in layers for p in layer.parameters())
-    assert len(layers) == 4
+    assert len(layers) == 11
     assert sum(p.numel() for p in net.parameters()) - sum(p.numel() for p in bare.parameters()) == cea > 0
     assert bare.state_dict().keys() == CEAIR(size='T', modulate=(), **TINY).state_dict().keys()
     with pytest.raises(UserError, match='--without-cea: mine has no CEA layers'):

@@ -17,13 +17,13 @@ def test_maps_of_tiles_are_those_of_the_whole(small_net):
     found = []
     for tile, overlap in ((0, 32), (64, 16)):
         restorer = Restorer(small_net, 'cpu', tile=tile, overlap=overlap)
-        restorer.maps = cea_arch.maps.RoutingMaps(small_net, 'decoder.1.0.cea')
+        restorer.maps = cea_arch.maps.RoutingMaps(small_net, 'decoder.1.0.mixed_cea')
         restorer(x)
         found.append(restorer.maps.maps)
     assert found[0].shape == found[1].shape == (8, 45, 55)
     assert torch.corrcoef(torch.stack([maps.flatten() for maps in found]))[0, 1] > 0.95
-    with pytest.raises(UserError, match=r"no CEA layer 'decoder.9.0.cea'. Did you mean 'decoder"):
-        cea_arch.maps.RoutingMaps(small_net, 'decoder.9.0.cea')
+    with pytest.raises(UserError, match=r"no CEA layer 'decoder.9.0.mixed_cea'. Did you mean 'decoder"):
+        cea_arch.maps.RoutingMaps(small_net, 'decoder.9.0.mixed_cea')
     with pytest.raises(UserError, match='no CEA layer whose routing'):
         cea_arch.maps.RoutingMaps(nn.Identity())
 

@@ -78,24 +78,26 @@ def test_cea_ir_of_named_sizes(size, suffix, tmp_path, recwarn):
 @pytest.mark.parametrize(
     'options',
     [
-        TINY | {'cea_width': 16, 'modulate': ['mixer', 'ffn'], 'pooled_scale': True},
-        TINY | {'ffn_expansion_factor': 2.66, 'rank': 5, 'cea_stages': ['encoder', 'refinement']},
-        TINY | {'factors': 'pooled', 'num_dec_blocks': [1, 2, 3], 'num_refinement_blocks': 2},
-        TINY | {'factors': 'static', 'num_blocks': [2, 1, 3, 1]},
-        TINY | {'block': 'attention', 'modulate': ['q', 'k', 'ffn'], 'up_kernel': 3, 'heads': [1, 1, 2, 4]},
-        TINY | {'block': 'attention', 'modulate': ['v'], 'factors': 'pooled', 'ffn_expansion_factor': 2.66},
-        TINY | {'modulate': []},
+        {'cea_width': 8},
+        {'cea_width': 16, 'modulate': ['mixer', 'ffn', 'fuse'], 'pooled_scale': False, 'bias': False},
+        {'modulate': ['mixer'], 'ffn_expansion_factor': 2.66, 'rank': 5, 'cea_stages': ['encoder', 'refinement']},
+        {'factors': 'pooled', 'num_dec_blocks': [1, 2, 3], 'num_refinement_blocks': 2},
+        {'factors': 'static', 'num_blocks': [2, 1, 3, 1]},
+        {'block': 'attention', 'modulate': ['q', 'k', 'ffn'], 'up_kernel': 3, 'heads': [1, 1, 2, 4]},
+        {'block': 'attention', 'modulate': ['v'], 'factors': 'pooled', 'ffn_expansion_factor': 2.66},
+        {'modulate': []},
     ],
+    ids=str,
 )
 def test_cea_ir_by_its_shapes(options):
-    net = alive(CEAIR(**options))
+    net = alive(CEAIR(**TINY | {'cea_heads': 4} | options))
     found = spandrel.MAIN_REGISTRY.load(net.state_dict())
     check(found, net)
 
 
 def test_the_heads_that_no_shape_tells_are_read_from_the_file(tmp_path):
-    options = {'type': 'CEAIR', **TINY, 'cea_heads': 2}
-    net = alive(CEAIR(**TINY, cea_heads=2))
+    options = {'type': 'CEAIR', **TINY, 'cea_heads': 2, 'cea_width': 16}
+    net = alive(CEAIR(**TINY, cea_heads=2, cea_width=16))
     path = write(net, options, tmp_path / 'a.pth')
     with pytest.warns(UserWarning, match='the heads, the routing and RankNorm of CEAIR: 4, signed and true are taken'):
         spandrel.ModelLoader().load_from_file(path)

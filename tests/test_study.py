@@ -25,8 +25,8 @@ def parameters(options):
 @pytest.mark.parametrize(
     ('size', 'variants'),
     [
-        ('T', ['none', 'mixer', 'ffn', 'static', 'pooled', 'topk', 'static_topk', 'no_rank_norm', 'r4', 'r16', 'cea']),
-        ('S', [name for name in study.VARIANTS if name != 'mixer']),
+        ('T', [name for name in study.VARIANTS if name not in ('q', 'k', 'v', 'qk', 'qkv')]),
+        ('S', [name for name in study.VARIANTS if name not in ('mixer', 'mixed')]),
     ],
 )
 def test_every_ablation_of_the_paper_is_a_network_and_can_be_matched(size, variants):
@@ -58,6 +58,7 @@ def test_a_study_trains_each_variant_once(workplace, capsys, monkeypatch):
     content = json.loads((folder / 'experiments/run_study/study.json').read_text())
     assert set(content['psnr']) == {'none_s3', 'cea_s3'}
     scores = content['psnr']['cea_s3']
+    assert len(content['residuals']['cea'][1]) == len(content['residuals']['cea'][0]) > 0
     assert scores['**mean of noise**'] == pytest.approx((scores['s25'] + scores['s50']) / 2)
     options = yaml.safe_load((folder / 'experiments/run_none_s3/options.yml').read_text())
     assert options['manual_seed'] == 3
@@ -65,6 +66,25 @@ def test_a_study_trains_each_variant_once(workplace, capsys, monkeypatch):
     monkeypatch.setattr(study.subprocess, 'run', lambda *args, **options: pytest.fail('trained again'))
     assert command(folder, opt, *words) == 0
     assert capsys.readouterr().out == (folder / 'experiments/run_study/study.md').read_text()
+
+
+def test_what_cea_does_is_told_by_site():
+    torch.manual_seed(0)
+    tiny = {'size': 'T', 'dim': 8, 'num_blocks': [1, 1, 1, 1], 'cea_width': 8, 'modulate': ['fuse']}
+    net = CEAIR(**tiny)
+    images = [torch.rand(1, 3, 24, 32), torch.rand(1, 3, 24, 32) * torch.tensor([0.9, 0.2, 0.1])[:, None, None]]
+    seen = []  # Y and Y - dY at the first site that runs
+    fuse = net.fuse[2]
+    fuse.register_forward_hook(lambda module, args, out: seen.append((out, module.conv(torch.cat(args, dim=1)))))
+    found = study.residuals(net, images)
+    assert list(found) == ['fuse.0.cea', 'fuse.1.cea', 'fuse.2.cea']
+    ratios = [((whole - plain).norm() / plain.norm()).item() for whole, plain in seen]
+    assert found['fuse.2.cea'][0] == pytest.approx(sum(ratios) / 2, rel=1e-4)
+    assert all(-1 < cosine < 0.9999 for _, cosine in found.values())
+    assert all(cosine == pytest.approx(1) for _, cosine in study.residuals(net, [images[0]] * 2).values())
+    static = study.residuals(CEAIR(**tiny, factors='static'), images)
+    assert all(cosine == pytest.approx(1) for _, cosine in static.values())
+    assert '| cea | fuse.2.cea | ' in study.residual_table({'cea': (found, found)})
 
 
 def test_the_table_pairs_seeds():
@@ -95,7 +115,11 @@ def test_a_training_that_fails_is_named(workplace, capsys):
         ({'network_g': {'type': 'SRVGGNetCompact'}}, [], 'cea study varies CEAIR; network_g is SRVGGNetCompact.'),
         ({'val': {'val_freq': 1}}, [], 'cea study needs psnr among val.metrics'),
         ({}, ['--set', 'path.pretrain_network_g=o.yml'], 'cea study trains from nothing: path.pretrain_network_g must'),
-        ({}, ['--variants', 'qk'], "network 'CEAIR' cannot be built: modulate may hold mixer, ffn, got 'q'"),
+        (
+            {},
+            ['--variants', 'qk'],
+            "network 'CEAIR' cannot be built: modulate may hold mixer, mixed, ffn, fuse, got 'q'",
+        ),
     ],
 )
 def test_what_cannot_be_studied(workplace, capsys, change, words, message):

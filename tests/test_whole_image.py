@@ -141,8 +141,7 @@ def test_what_is_not_exact_is_named_once(core, overlap, reason, recwarn):
 
 
 NETS = {
-    name: TINIES[name] | {'cea_stages': ['latent', 'decoder'], 'up_kernel': 1}
-    for name in ('conv', 'conv, pooled', 'attention')
+    name: TINIES[name] | {'cea_stages': ['latent', 'decoder'], 'up_kernel': 1} for name in ('T', 'conv', 'attention')
 }
 
 

@@ -169,15 +169,17 @@ class ConvBlock(nn.Module):
     Args:
         dim: Channels C.
         ffn_expansion_factor: Channels within both branches, before the gate halves them, as a multiple of C.
-        modulate: First projections that CEA adapts, of ``mixer`` and ``ffn``.
+        modulate: Projections that CEA adapts: of ``mixer`` and ``ffn``, the first ones of the branches, and ``mixed``,
+            the last one of the convolution's, which reads what its gate has let through.
         pooled_scale: Whether channels are scaled by the image's mean (:class:`PooledScale`).
+        bias: Whether convolutions have biases.
         cea_options: Of :class:`cea_arch.layers.cea.HyperAdapter`.
 
     Raises:
         ValueError: An unknown word in ``modulate``, or as :class:`cea_arch.layers.cea.HyperAdapter`.
     """
 
-    targets = ('mixer', 'ffn')
+    targets = ('mixer', 'mixed', 'ffn')
 
     def __init__(
         self,
@@ -185,21 +187,23 @@ class ConvBlock(nn.Module):
         ffn_expansion_factor: float = 2.0,
         modulate: Sequence[str] = ('mixer',),
         pooled_scale: bool = False,
+        bias: bool = False,
         **cea_options: Any,
     ) -> None:
         super().__init__()
         check_targets(modulate, self.targets)
         hidden = int(dim * ffn_expansion_factor) // 2 * 2
         self.norm1 = ChannelNorm(dim, bias=False)
-        self.mixer_in = nn.Conv2d(dim, hidden, 1, bias=False)
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False)
+        self.mixer_in = nn.Conv2d(dim, hidden, 1, bias=bias)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=bias)
         self.pooled_scale = PooledScale(hidden // 2) if pooled_scale else nn.Identity()
-        self.mixer_out = nn.Conv2d(hidden // 2, dim, 1, bias=False)
+        self.mixer_out = nn.Conv2d(hidden // 2, dim, 1, bias=bias)
         self.norm2 = ChannelNorm(dim, bias=False)
-        self.ffn_in = nn.Conv2d(dim, hidden, 1, bias=False)
-        self.ffn_out = nn.Conv2d(hidden // 2, dim, 1, bias=False)
-        self.mixer_cea, self.ffn_cea = (
-            HyperAdapter(dim, hidden, {name: (0, hidden)}, **cea_options) if name in modulate else None
+        self.ffn_in = nn.Conv2d(dim, hidden, 1, bias=bias)
+        self.ffn_out = nn.Conv2d(hidden // 2, dim, 1, bias=bias)
+        widths = {'mixer': (dim, hidden), 'mixed': (hidden // 2, dim), 'ffn': (dim, hidden)}
+        self.mixer_cea, self.mixed_cea, self.ffn_cea = (
+            HyperAdapter(*widths[name], {name: (0, widths[name][1])}, **cea_options) if name in modulate else None
             for name in self.targets
         )
         for projection in (self.mixer_out, self.ffn_out):
@@ -208,7 +212,7 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, C, H, W)`` to the same shape."""
         gate, value = self.dwconv(project(self.mixer_in, self.mixer_cea, self.norm1(x))).chunk(2, dim=1)
-        x = x + self.mixer_out(self.pooled_scale(gate * value))
+        x = x + project(self.mixer_out, self.mixed_cea, self.pooled_scale(gate * value))
         gate, value = project(self.ffn_in, self.ffn_cea, self.norm2(x)).chunk(2, dim=1)
         return x + self.ffn_out(gate * value)
 

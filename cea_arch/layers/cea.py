@@ -224,7 +224,7 @@ class DynamicFactors(ImageWide):
         return (queries @ keys / math.sqrt(keys.shape[1])).flatten(0, 1)
 
     def statistics(self, x: Tensor, core: Core | None = None) -> Statistics:
-        """Weighted sums of the context ``(B, heads, 2r, width)``; of a part, with log-sum-exps ``(B, heads, 2r, 1)``."""
+        """Weighted sums of the context, ``(B, heads, 2r, width)``; of a part, log-sum-exps ``(..., 1)`` beside them."""
         tokens = as_tokens(x, 'bchw') if self.condense is None else self.condense(x, core)
         with no_autocast(x.device):
             norm = self.norm_context
@@ -251,7 +251,7 @@ class DynamicFactors(ImageWide):
 class PooledFactors(ImageWide):
     """The paper's contrast "GAP + MLP": the mean token, through an MLP, takes the place of the cross-attention.
 
-    Hidden channels are a quarter of ``dim``, which at r = 8 makes about as many parameters as the attention has (our
+    Hidden channels are a quarter of ``width``, which at r = 8 makes about as many parameters as the attention has (our
     choice).
     """
 
@@ -260,12 +260,12 @@ class PooledFactors(ImageWide):
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.has_plan = spec.condense
-        self.queries = nn.Parameter(torch.randn(2, spec.rank, spec.dim))
-        hidden = max(spec.dim // 4, 1)
+        self.queries = nn.Parameter(torch.randn(2, spec.rank, spec.context))
+        hidden = max(spec.context // 4, 1)
         self.describe = nn.Sequential(
             nn.LayerNorm(spec.dim), nn.Linear(spec.dim, hidden), nn.GELU(), nn.Linear(hidden, self.queries.numel())
         )
-        self.heads = Heads(spec, spec.dim)
+        self.heads = Heads(spec, spec.context)
 
     def statistics(self, x: Tensor, core: Core | None = None) -> Statistics:
         """The mean token ``(B, C)`` and the logarithm of the number of tokens, ``(B, 1)``."""
@@ -350,8 +350,8 @@ class HyperAdapter(nn.Module):
         tokens = as_tokens(x, 'bchw')
         if self.routing == 'signed' and type(projection) is nn.Conv2d:
             weight = merge(projection.weight.flatten(1), factors, self.spec.rank).to(x.dtype)
-            out = multiply(tokens, weight.mT)
-            out = out if projection.bias is None else out + projection.bias
+            bias = None if projection.bias is None else projection.bias.to(x.dtype)
+            out = multiply(tokens, weight.mT, bias)
         else:
             onto = as_tokens(projection(x), 'bchw')
             out = assemble(onto, tokens, factors, self.spec.rank, self.routing)

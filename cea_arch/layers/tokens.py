@@ -23,9 +23,12 @@ def from_tokens(tokens: Tensor, like: Tensor, layout: str) -> Tensor:
     return tokens.unflatten(1, like.shape[1:-1])
 
 
-def multiply(tokens: Tensor, matrix: Tensor) -> Tensor:
-    """``tokens @ matrix`` for ``(B, N, C)`` and ``(B, C, K)``, the result laid out in memory as the tokens are."""
-    return tokens @ matrix if tokens.stride(-1) == 1 else (matrix.mT @ tokens.mT).mT
+def multiply(tokens: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``tokens @ matrix + bias`` for ``(B, N, C)``, ``(B, C, K)`` and ``(K,)``, in the memory order of the tokens."""
+    if tokens.stride(-1) == 1:
+        return tokens @ matrix if bias is None else torch.baddbmm(bias, tokens, matrix)
+    product = matrix.mT @ tokens.mT if bias is None else torch.baddbmm(bias[:, None], matrix.mT, tokens.mT)
+    return product.mT
 
 
 def add_product(tokens: Tensor, factors: Tensor, matrix: Tensor) -> Tensor:

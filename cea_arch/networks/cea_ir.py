@@ -1,16 +1,18 @@
 """CEA-IR: the paper's U-shaped network for all-in-one restoration, and a small one of ours for CPUs."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cea_arch.layers import CEABlock, ConvBlock
+from cea_arch.layers import CEABlock, ConvBlock, HyperAdapter
+from cea_arch.layers.blocks import check_targets, project
 
 NUM_LEVELS = 4
 STAGES = ('encoder', 'latent', 'decoder', 'refinement')
-BLOCKS = ('attention', 'conv')
+BLOCKS = {'attention': CEABlock, 'conv': ConvBlock}
 FFN_EXPANSION_FACTOR = 2.0
 _PAPER = {
     'block': 'attention',
@@ -18,6 +20,7 @@ _PAPER = {
     'num_dec_blocks': (2, 4, 4),
     'num_refinement_blocks': 4,
     'up_kernel': 3,
+    'bias': False,
     'pooled_scale': False,
     'modulate': ('q', 'k'),
     'cea_stages': ('decoder',),
@@ -34,11 +37,12 @@ SIZES = {
         'num_dec_blocks': (1, 1, 1),
         'num_refinement_blocks': 1,
         'up_kernel': 1,
+        'bias': True,
         'pooled_scale': False,
-        'modulate': ('mixer',),
-        'cea_stages': ('latent', 'decoder'),
+        'modulate': ('mixed', 'fuse'),
+        'cea_stages': STAGES,
         'cea_width': 20,
-        'cea_heads': 4,
+        'cea_heads': 2,
     },
 }
 
@@ -65,11 +69,12 @@ class CEAIR(nn.Module):
         heads: Attention heads of the four levels, from full resolution down; conv blocks have none.
         ffn_expansion_factor: Hidden channels of the blocks, as a multiple of the level's.
         up_kernel: Kernel of the convolutions before pixel shuffles, 3 (as in Restormer) or 1.
+        bias: Whether convolutions have biases.
         pooled_scale: Whether conv blocks have pooled channel attention.
-        modulate: Projections of a block that CEA adapts: of ``q``, ``k``, ``v``, ``ffn``, or, in conv blocks, of
-            ``mixer``, ``ffn``. None of them: the same network without CEA.
-        cea_stages: Stages with CEA, of ``encoder``, ``latent``, ``decoder``, ``refinement``, in every other block of
-            each, beginning with the first.
+        modulate: Projections that CEA adapts: of a block's ``q``, ``k``, ``v``, ``ffn``, or, in conv blocks, of its
+            ``mixer``, ``mixed``, ``ffn``; ``fuse``, those that reduce the skips. None: the same network without CEA.
+        cea_stages: Stages whose blocks have CEA, of ``encoder``, ``latent``, ``decoder``, ``refinement``: every other
+            block of each, beginning with the first.
         cea_width: Channels of condensed context and queries, where a level has more; ``None``: the level's.
         cea_heads: Attention heads of the hyper-adapter.
         rank, factors, routing, rank_norm: Of :class:`cea_arch.layers.HyperAdapter`; the paper's contrasts.
@@ -95,6 +100,7 @@ class CEAIR(nn.Module):
         heads: Sequence[int] = (1, 2, 4, 8),
         ffn_expansion_factor: float = FFN_EXPANSION_FACTOR,
         up_kernel: int | None = None,
+        bias: bool | None = None,
         pooled_scale: bool | None = None,
         modulate: Sequence[str] | None = None,
         cea_stages: Sequence[str] | None = None,
@@ -112,33 +118,42 @@ class CEAIR(nn.Module):
         settings = SIZES[size] | {name: value for name, value in chosen.items() if value is not None}
         _check_settings(settings, heads)
         dim = settings['dim']
+        bias, modulate = settings['bias'], settings['modulate']
+        in_blocks = [target for target in modulate if target != 'fuse']
         cea = dict(rank=rank, factors=factors, routing=routing, rank_norm=rank_norm, heads=settings['cea_heads'])
+
+        def cea_options(width: int) -> dict[str, Any]:
+            return cea | {'width': min(width, settings['cea_width'] or width)}
 
         def stage(name: str, level: int, num_blocks: int) -> nn.Sequential:
             width = dim * 2**level
-            options = cea | {'width': min(width, settings['cea_width'] or width)}
+            sizes, options = (width, ffn_expansion_factor), cea_options(width)
 
             def make(number: int) -> nn.Module:
-                modulate = settings['modulate'] if name in settings['cea_stages'] and number % 2 == 0 else ()
+                chosen = in_blocks if name in settings['cea_stages'] and number % 2 == 0 else ()
                 if settings['block'] == 'conv':
-                    return ConvBlock(width, ffn_expansion_factor, modulate, settings['pooled_scale'], **options)
-                return CEABlock(width, heads[level], ffn_expansion_factor, modulate, **options)
+                    return ConvBlock(*sizes, chosen, settings['pooled_scale'], bias, **options)
+                return CEABlock(width, heads[level], ffn_expansion_factor, chosen, **options)
 
             return nn.Sequential(*map(make, range(num_blocks)))
 
         *encoder, latent = settings['num_blocks']
         decoder = settings['num_dec_blocks']
         levels = range(NUM_LEVELS - 1)
-        self.embed = nn.Conv2d(num_in_ch, dim, 3, padding=1, bias=False)
+        self.embed = nn.Conv2d(num_in_ch, dim, 3, padding=1, bias=bias)
         self.encoder = nn.ModuleList(stage('encoder', level, encoder[level]) for level in levels)
-        self.down = nn.ModuleList(Downsample(dim * 2**level) for level in levels)
+        self.down = nn.ModuleList(Downsample(dim * 2**level, bias) for level in levels)
         self.latent = stage('latent', NUM_LEVELS - 1, latent)
-        self.up = nn.ModuleList(_upsample(dim * 2 ** (level + 1), settings['up_kernel']) for level in levels)
-        self.fuse = nn.ModuleList(nn.Conv2d(dim * 2 ** (level + 1), dim * 2**level, 1, bias=False) for level in levels)
+        self.up = nn.ModuleList(_upsample(dim * 2 ** (level + 1), settings['up_kernel'], bias) for level in levels)
+        self.fuse = nn.ModuleList(
+            Fuse(dim * 2**level, bias, cea_options(dim * 2 ** (level + 1)) if 'fuse' in modulate else None)
+            for level in levels
+        )
         self.decoder = nn.ModuleList(stage('decoder', level, decoder[level]) for level in levels)
         self.refinement = stage('refinement', 0, settings['num_refinement_blocks'])
-        self.output = nn.Conv2d(dim, num_in_ch, 3, padding=1, bias=False)
-        nn.init.zeros_(self.output.weight)  # a fresh network is the identity (our choice)
+        self.output = nn.Conv2d(dim, num_in_ch, 3, padding=1, bias=bias)
+        for parameter in self.output.parameters():
+            nn.init.zeros_(parameter)  # a fresh network is the identity (our choice)
 
     def forward(self, x: Tensor) -> Tensor:
         """Restore RGB images ``(B, C, H, W)`` in [0, 1]; same shape out, not clipped."""
@@ -151,7 +166,7 @@ class CEAIR(nn.Module):
         for level in reversed(range(NUM_LEVELS - 1)):
             skip = skips.pop()
             features = _crop(self.up[level](features), *skip.shape[-2:])
-            features = self.decoder[level](self.fuse[level](torch.cat([features, skip], dim=1)))
+            features = self.decoder[level](self.fuse[level](features, skip))
         return x + self.output(self.refinement(features + first))
 
 
@@ -168,9 +183,9 @@ def named_size(weights: Mapping[str, Tensor]) -> str | None:
 class Downsample(nn.Module):
     """Half the size, rounded up, and twice the channels; an odd last row or column is repeated to fill its cells."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, bias: bool = False) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim // 2, 3, padding=1, bias=False)
+        self.conv = nn.Conv2d(dim, dim // 2, 3, padding=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, C, H, W)`` to ``(B, 2C, ceil(H/2), ceil(W/2))``."""
@@ -181,6 +196,19 @@ class Downsample(nn.Module):
         if _is_exporting() or row or column:
             x = F.pad(x, (0, column, 0, row), mode='replicate')
         return F.pixel_unshuffle(x, 2)
+
+
+class Fuse(nn.Module):
+    """Reduce a skip and what comes from below to one map by a 1x1 convolution, which CEA may adapt to the image."""
+
+    def __init__(self, dim: int, bias: bool, cea_options: dict[str, Any] | None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2 * dim, dim, 1, bias=bias)
+        self.cea = HyperAdapter(2 * dim, dim, {'fuse': (0, dim)}, **cea_options) if cea_options is not None else None
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """Map two ``(B, C, H, W)`` to one."""
+        return project(self.conv, self.cea, torch.cat([x, skip], dim=1))
 
 
 def _crop(x: Tensor, height: int, width: int) -> Tensor:
@@ -196,9 +224,9 @@ def _is_exporting() -> bool:
     return getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)()
 
 
-def _upsample(dim: int, kernel: int) -> nn.Sequential:
+def _upsample(dim: int, kernel: int, bias: bool) -> nn.Sequential:
     """Twice the size, half the channels."""
-    return nn.Sequential(nn.Conv2d(dim, dim * 2, kernel, padding=kernel // 2, bias=False), nn.PixelShuffle(2))
+    return nn.Sequential(nn.Conv2d(dim, dim * 2, kernel, padding=kernel // 2, bias=bias), nn.PixelShuffle(2))
 
 
 def _check_settings(settings: dict, heads: Sequence[int]) -> None:
@@ -208,6 +236,7 @@ def _check_settings(settings: dict, heads: Sequence[int]) -> None:
             raise ValueError(f'{name} must have {length} numbers, got {list(numbers)}.')
     if settings['block'] not in BLOCKS:
         raise ValueError(f'block must be one of {", ".join(BLOCKS)}, got {settings["block"]!r}.')
+    check_targets(settings['modulate'], (*BLOCKS[settings['block']].targets, 'fuse'))
     unknown = [stage for stage in settings['cea_stages'] if stage not in STAGES]
     if unknown:
         raise ValueError(f'cea_stages may hold {", ".join(STAGES)}, got {unknown[0]!r}.')
