@@ -1,8 +1,8 @@
 """CEAIR and networks with CEA layers for programs that load models through spandrel, such as chaiNNer.
 
-Spandrel hands on the weights of a file alone, so options are read off the shapes. Three leave no trace there:
-heads of the hyper-adapters, routing and RankNorm. The defaults are taken, and a warning says so where nothing confirms
-them. :func:`load` reads what the file says.
+Spandrel hands on the weights of a file alone, so options are read off the shapes. Four leave no trace there:
+heads and strides of the hyper-adapters, routing and RankNorm. The paper's are taken, and a warning says so where
+nothing confirms them. :func:`load` reads what the file says.
 """
 
 import re
@@ -25,7 +25,7 @@ spandrel = need('spandrel', 'spandrel', 'This module')
 # where spandrel's own implementation of a network names a block otherwise than BasicSR's
 RENAMED = {'ESRGAN': (r'body\.(\d+)', r'model.1.sub.\1')}
 ASSUMED = (
-    'the weights do not tell the heads, the routing and RankNorm of {network}: {heads}, signed and true are taken. '
+    'the weights do not tell heads, strides, routing and RankNorm of {network}: 4, 2, signed and true are taken. '
     'cea_arch.spandrel.load reads what the file says.'
 )
 
@@ -139,7 +139,8 @@ def cea_ir_options(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         return options
     options['cea_stages'] = [stage for stage in STAGES if any(path.startswith(f'{stage}.') for path in adapters)]
     widths = {layer.pop('width') for layer in layers}
-    return options | {'cea_width': max(widths - {None}, default=None), 'cea_heads': layers[0].pop('heads')} | layers[0]
+    options |= {'cea_width': max(widths - {None}, default=None), 'cea_strides': [2] * NUM_LEVELS}
+    return options | {'cea_heads': layers[0].pop('heads')} | layers[0]
 
 
 def _layer_options(layer: Mapping[str, Tensor], network: str) -> dict[str, Any]:
@@ -154,7 +155,7 @@ def _layer_options(layer: Mapping[str, Tensor], network: str) -> dict[str, Any]:
         heads = 'factors.bases.'
         rank, width = next(value.shape[1] for name, value in layer.items() if name.startswith(heads)), None
         kind = 'static'
-    warnings.warn(ASSUMED.format(network=network, heads=4), stacklevel=4)
+    warnings.warn(ASSUMED.format(network=network), stacklevel=4)
     parts = dict.fromkeys(name.removeprefix(heads).partition('.')[0] for name in layer if name.startswith(heads))
     return {'rank': rank, 'width': width, 'heads': 4, 'factors': kind, 'parts': list(parts)}
 

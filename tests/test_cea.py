@@ -47,13 +47,13 @@ def layer_norm(x, weight, bias, eps=1e-5):
 
 
 def condensed(condense, plane):
-    """Section 3.3 by sums: a depthwise 3x3 of stride 2 with a border of zeros, then a product with channels."""
+    """Section 3.3 by sums: a strided depthwise 3x3 with a border of zeros, then a product with channels."""
     channels, height, width = plane.shape
     padded = torch.zeros(channels, height + 2, width + 2, dtype=plane.dtype)
     padded[:, 1:-1, 1:-1] = plane
     cells = []
-    for i in range(0, height, 2):
-        for j in range(0, width, 2):
+    for i in range(0, height, condense.stride):
+        for j in range(0, width, condense.stride):
             window = padded[:, i : i + 3, j : j + 3]
             cells.append((window * condense.depthwise.weight[:, 0]).sum((1, 2)) @ condense.pointwise.weight.T)
     return torch.stack(cells)
@@ -108,7 +108,7 @@ def gradients(out, weights, inputs):
     return torch.autograd.grad((out * weights).sum(), inputs, retain_graph=True)
 
 
-@pytest.mark.parametrize('options', [{}, {'width': 8, 'heads': 2}, {'rank_norm': False}], ids=str)
+@pytest.mark.parametrize('options', [{}, {'width': 8, 'heads': 2, 'stride': 4}, {'rank_norm': False}], ids=str)
 def test_values_and_gradients_are_those_of_the_written_out_equations(options):
     adapter = make_adapter(**options)
     projection = nn.Conv2d(DIM, WIDE, 1, bias=False).double()

@@ -90,7 +90,7 @@ def test_cea_ir_of_named_sizes(size, suffix, tmp_path, recwarn):
     ids=str,
 )
 def test_cea_ir_by_its_shapes(options):
-    net = alive(CEAIR(**TINY | {'cea_heads': 4} | options))
+    net = alive(CEAIR(**TINY | {'cea_heads': 4, 'cea_strides': [2, 2, 2, 2]} | options))
     found = spandrel.MAIN_REGISTRY.load(net.state_dict())
     check(found, net)
 
@@ -99,7 +99,9 @@ def test_the_heads_that_no_shape_tells_are_read_from_the_file(tmp_path):
     options = {'type': 'CEAIR', **TINY, 'cea_heads': 2, 'cea_width': 16}
     net = alive(CEAIR(**TINY, cea_heads=2, cea_width=16))
     path = write(net, options, tmp_path / 'a.pth')
-    with pytest.warns(UserWarning, match='the heads, the routing and RankNorm of CEAIR: 4, signed and true are taken'):
+    with pytest.warns(
+        UserWarning, match='heads, strides, routing and RankNorm of CEAIR: 4, 2, signed and true are taken'
+    ):
         spandrel.ModelLoader().load_from_file(path)
     check(ours.load(path), net)
 

@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
+from test_cea import randomise
 from test_cea_ir import TINIES, TINY, lively
 from torch import nn
 
 from cea_arch.errors import UserError
-from cea_arch.layers import CEALayer
+from cea_arch.layers import CEALayer, HyperAdapter
 from cea_arch.layers.blocks import ChannelAttention, PooledScale
 from cea_arch.layers.image_wide import merge_means
 from cea_arch.layers.whole_image import WholeImage
@@ -58,22 +59,25 @@ class Beside(nn.Module):
 
 
 def merged(module, x, cores):
-    """The statistics of parts of an image, each read from a tile that reaches two pixels beyond its core, as one."""
+    """The statistics of parts of an image, each read from a tile that reaches beyond its core, as one."""
     total = None
     for rows, columns in cores:
-        tile = [slice(max(s.start - 2, 0), min(s.stop + 2, n)) for s, n in zip((rows, columns), x.shape[-2:])]
+        tile = [
+            slice(max(s.start - module.reach, 0), min(s.stop + module.reach, n))
+            for s, n in zip((rows, columns), x.shape[-2:])
+        ]
         core = [slice(s.start - t.start, s.stop - t.start) for s, t in zip((rows, columns), tile)]
         part = module.statistics(x[..., tile[0], tile[1]], tuple(core))
         total = part if total is None else module.merge(total, part)
     return total
 
 
-CORES = [(slice(0, 4), slice(0, 6)), (slice(0, 4), slice(6, 11)), (slice(4, 9), slice(0, 11))]
+CORES = [(slice(0, 4), slice(0, 8)), (slice(0, 4), slice(8, 11)), (slice(4, 9), slice(0, 11))]
 
 
-@pytest.mark.parametrize('factors', ['dynamic', 'pooled'])
-def test_statistics_of_parts_merge_to_those_of_the_whole(factors):
-    module = awake(factors).adapter.factors
+@pytest.mark.parametrize('options', [{}, {'stride': 4}, {'factors': 'pooled'}], ids=str)
+def test_statistics_of_parts_merge_to_those_of_the_whole(options):
+    module = randomise(HyperAdapter(12, 12, {'out': (0, 12)}, **options).double()).factors
     x = torch.randn(2, 12, 9, 11, dtype=torch.float64)
     found, whole = merged(module, x, CORES), module.statistics(x, (slice(0, 9), slice(0, 11)))
     torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-13)

@@ -93,22 +93,27 @@ def merge(weight: Tensor, factors: Factors, rank: int) -> Tensor:
 
 
 class Condense(nn.Module):
-    """``PW(DW(X))`` (section 3.3): local structure at half the resolution, rounded up. Kernel, stride: our choice."""
+    """``PW(DW(X))`` (section 3.3): local structure at a lower resolution, rounded up. Kernel, stride: our choice.
 
-    def __init__(self, dim: int, width: int) -> None:
+    What is read of the cells is a weighted mean, so a larger stride, which takes a sample of them, gives next to the
+    same factors for less (docs/experiments.md).
+    """
+
+    def __init__(self, dim: int, width: int, stride: int = 2) -> None:
         super().__init__()
-        self.depthwise = nn.Conv2d(dim, dim, 3, stride=2, padding=1, groups=dim, bias=False)
+        self.stride = stride
+        self.depthwise = nn.Conv2d(dim, dim, 3, stride=stride, padding=1, groups=dim, bias=False)
         self.pointwise = nn.Linear(dim, width, bias=False)
 
     def forward(self, x: Tensor, core: Core | None = None) -> Tensor:
-        """Map ``(B, C, H, W)`` to tokens ``(B, ceil(H/2) * ceil(W/2), width)``; with ``core``, those centred in it.
+        """Map ``(B, C, H, W)`` to tokens ``(B, ceil(H/s) * ceil(W/s), width)``; with ``core``, those centred in it.
 
-        Cell i has its centre at row 2i. So tiles whose starts are even and which reach two pixels beyond their cores
-        give together the cells of the whole image, each once and exactly.
+        Cell i has its centre at row ``i * s``, s the stride. So tiles whose starts are multiples of s and which reach s
+        pixels beyond their cores give together the cells of the whole image, each once and exactly.
         """
         x = self.depthwise(x)
         if core is not None:
-            rows, columns = (slice((side.start + 1) // 2, (side.stop + 1) // 2) for side in core)
+            rows, columns = (slice(-(-side.start // self.stride), -(-side.stop // self.stride)) for side in core)
             x = x[..., rows, columns]
         return self.pointwise(as_tokens(x, 'bchw'))
 
@@ -128,6 +133,7 @@ class Spec:
         heads: Attention heads (four in the paper); they divide ``width``.
         condense: Whether tokens are a plane and condensed; else they have no plan of rows and columns, and are read as
             they are.
+        stride: Of the context: one token for each square of so many pixels.
 
     Raises:
         ValueError: A number below 1, or heads that do not divide the width.
@@ -141,9 +147,10 @@ class Spec:
     width: int | None = None
     heads: int = 4
     condense: bool = True
+    stride: int = 2
 
     def __post_init__(self) -> None:
-        for name in ('dim', 'dim_out', 'rank', 'heads'):
+        for name in ('dim', 'dim_out', 'rank', 'heads', 'stride'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} must be at least 1, got {getattr(self, name)}.')
         if self.context % self.heads or self.context < 1:
@@ -194,15 +201,15 @@ class DynamicFactors(ImageWide):
     after the sum over tokens, so that nothing of shape (N, d) is written. All of it runs in float32 or wider.
     """
 
-    align = reach = 2
     merge = staticmethod(merge_means)
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         width = spec.context
         self.has_plan = spec.condense
+        self.align = self.reach = spec.stride
         self.num_heads = spec.heads
-        self.condense = Condense(spec.dim, width) if spec.condense else None
+        self.condense = Condense(spec.dim, width, spec.stride) if spec.condense else None
         self.queries = nn.Parameter(torch.empty(2, spec.rank, width))  # R_A and R_B
         self.norm_queries = nn.LayerNorm(width)
         self.norm_context = nn.LayerNorm(width)
@@ -309,7 +316,7 @@ class HyperAdapter(nn.Module):
         dim, dim_out, parts, rank, rank_norm, width, heads: Of :class:`Spec`.
         factors: ``dynamic`` (from the paper), or its contrasts ``static`` and ``pooled``.
         routing: ``signed`` (from the paper), or its contrast ``topk``.
-        condense: See :class:`Spec`.
+        condense, stride: See :class:`Spec`.
 
     Raises:
         ValueError: An unknown word, or as :class:`Spec`.
@@ -327,12 +334,13 @@ class HyperAdapter(nn.Module):
         width: int | None = None,
         heads: int = 4,
         condense: bool = True,
+        stride: int = 2,
     ) -> None:
         super().__init__()
         for name, value, known in (('factors', factors, FACTORS), ('routing', routing, ROUTINGS)):
             if value not in known:
                 raise ValueError(f'{name} must be one of {", ".join(known)}, got {value!r}.')
-        self.spec = Spec(dim, dim_out, dict(parts), rank, rank_norm, width, heads, condense)
+        self.spec = Spec(dim, dim_out, dict(parts), rank, rank_norm, width, heads, condense, stride)
         self.routing = routing
         self.factors = FACTORS[factors](self.spec)
 

@@ -26,6 +26,7 @@ _PAPER = {
     'cea_stages': ('decoder',),
     'cea_width': None,
     'cea_heads': 4,
+    'cea_strides': (2, 2, 2, 2),
 }
 SIZES = {
     'base': _PAPER | {'dim': 48},
@@ -43,6 +44,7 @@ SIZES = {
         'cea_stages': STAGES,
         'cea_width': 20,
         'cea_heads': 2,
+        'cea_strides': (4, 4, 4, 2),
     },
 }
 
@@ -77,6 +79,7 @@ class CEAIR(nn.Module):
             block of each, beginning with the first.
         cea_width: Channels of condensed context and queries, where a level has more; ``None``: the level's.
         cea_heads: Attention heads of the hyper-adapter.
+        cea_strides: Strides of the condensed context at the four levels, from full resolution down.
         rank, factors, routing, rank_norm: Of :class:`cea_arch.layers.HyperAdapter`; the paper's contrasts.
 
     Raises:
@@ -106,6 +109,7 @@ class CEAIR(nn.Module):
         cea_stages: Sequence[str] | None = None,
         cea_width: int | None = None,
         cea_heads: int | None = None,
+        cea_strides: Sequence[int] | None = None,
         rank: int = 8,
         factors: str = 'dynamic',
         routing: str = 'signed',
@@ -122,12 +126,12 @@ class CEAIR(nn.Module):
         in_blocks = [target for target in modulate if target != 'fuse']
         cea = dict(rank=rank, factors=factors, routing=routing, rank_norm=rank_norm, heads=settings['cea_heads'])
 
-        def cea_options(width: int) -> dict[str, Any]:
-            return cea | {'width': min(width, settings['cea_width'] or width)}
+        def cea_options(level: int, width: int) -> dict[str, Any]:
+            return cea | {'width': min(width, settings['cea_width'] or width), 'stride': settings['cea_strides'][level]}
 
         def stage(name: str, level: int, num_blocks: int) -> nn.Sequential:
             width = dim * 2**level
-            sizes, options = (width, ffn_expansion_factor), cea_options(width)
+            sizes, options = (width, ffn_expansion_factor), cea_options(level, width)
 
             def make(number: int) -> nn.Module:
                 chosen = in_blocks if name in settings['cea_stages'] and number % 2 == 0 else ()
@@ -146,7 +150,7 @@ class CEAIR(nn.Module):
         self.latent = stage('latent', NUM_LEVELS - 1, latent)
         self.up = nn.ModuleList(_upsample(dim * 2 ** (level + 1), settings['up_kernel'], bias) for level in levels)
         self.fuse = nn.ModuleList(
-            Fuse(dim * 2**level, bias, cea_options(dim * 2 ** (level + 1)) if 'fuse' in modulate else None)
+            Fuse(dim * 2**level, bias, cea_options(level, dim * 2 ** (level + 1)) if 'fuse' in modulate else None)
             for level in levels
         )
         self.decoder = nn.ModuleList(stage('decoder', level, decoder[level]) for level in levels)
@@ -230,8 +234,9 @@ def _upsample(dim: int, kernel: int, bias: bool) -> nn.Sequential:
 
 
 def _check_settings(settings: dict, heads: Sequence[int]) -> None:
-    lists = {name: settings[name] for name in ('num_blocks', 'num_dec_blocks')} | {'heads': heads}
-    for (name, numbers), length in zip(lists.items(), (NUM_LEVELS, NUM_LEVELS - 1, NUM_LEVELS)):
+    lists = {name: settings[name] for name in ('num_dec_blocks', 'num_blocks', 'cea_strides')} | {'heads': heads}
+    for name, numbers in lists.items():
+        length = NUM_LEVELS - (name == 'num_dec_blocks')
         if len(numbers) != length:
             raise ValueError(f'{name} must have {length} numbers, got {list(numbers)}.')
     if settings['block'] not in BLOCKS:
