@@ -8,7 +8,10 @@ if HAS_BASICSR:
     from cea_arch import losses as losses
     from cea_arch import metrics as metrics
     from cea_arch import models as models
-from cea_arch.restore import Restorer as Restorer
-from cea_arch.restore import restore as restore
+    from cea_arch.training.options import extend_parser
+
+    extend_parser()
+from cea_arch.restoring.restorer import Restorer as Restorer
+from cea_arch.restoring.restorer import restore as restore
 
 __version__ = '0.1.0'

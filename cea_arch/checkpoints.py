@@ -1,4 +1,4 @@
-"""Weights in files that explain themselves: read without running code, and built into the network they belong to.
+"""Weights in files that explain themselves: read without running code, compared, merged, and written.
 
 A file holds tensors by name, alone or, as BasicSR writes it, under ``params_ema`` and ``params``, and beside them the
 network's options, ``network_g`` as in an option file. A ``.safetensors`` file holds them as JSON in its metadata.
@@ -7,17 +7,15 @@ network's options, ``network_g`` as in an option file. A ``.safetensors`` file h
 import json
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cea_arch.compat import ARCH_REGISTRY, HAS_BASICSR
-from cea_arch.errors import UserError, lookup, need
+from cea_arch.errors import UserError, need
 from cea_arch.files import written_beside
-from cea_arch.networks.cea_ir import CEAIR, SIZES, named_size
 
 WEIGHT_KEYS = ('params_ema', 'params')
 PREFIXES = ('module.', '_orig_mod.')  # DataParallel and torch.compile leave them before every name
@@ -27,8 +25,6 @@ METADATA_KEY = 'cea_arch'  # of the JSON in a .safetensors file
 SHOWN = 3
 # what torch's reader raises for bytes that are no weights
 BAD_FILE = (AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError)
-PACKAGED_WEIGHTS = Path(__file__).parent / 'weights' / 'cea_ir_t.safetensors'  # see the card beside it
-MODEL_HELP = 'file of weights, .pth or .safetensors (default: CEA-IR-T as it comes with the package)'
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -83,65 +79,9 @@ def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], label
         raise UserError(f'{label}: of {len(expected)} weights, {"; ".join(complaints)}.')
 
 
-def build_network(options: Mapping[str, Any]) -> nn.Module:
-    """A network from its options, ``type`` and the constructor's own: CEAIR, or any that basicsr's registry knows.
-
-    Raises:
-        UserError: The type is unknown, or needs basicsr where it is absent; or an option is not the network's.
-    """
-    options = dict(options)
-    kind = options.pop('type', None)
-    options.pop('pretrained_base', None)  # the weights are in this file
-    if kind == 'CEAIR':
-        network: Callable[..., nn.Module] = CEAIR
-    elif not HAS_BASICSR:
-        raise UserError(f'network {kind!r} needs basicsr, which is not installed; without it there is CEAIR.')
-    else:
-        network = lookup(ARCH_REGISTRY, kind, 'network')
-    try:
-        return network(**options)
-    except (TypeError, ValueError) as error:
-        raise UserError(f'network {kind!r} cannot be built: {error}') from error
-
-
-def network_options(content: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Any]:
-    """The network's options, from the file or, for CEAIR's named sizes, from the shapes of its weights."""
-    options = content.get('network_g')
-    if isinstance(options, Mapping):
-        return dict(options)
-    weights = weights_of(content, path)
-    if size := named_size(weights):
-        return {'type': 'CEAIR', 'size': size}
-    raise UserError(
-        f'{path} does not say what network it holds, and its {len(weights)} weights are not those of CEAIR in size '
-        f'{", ".join(SIZES)}: expected options under network_g, as CEAModel writes them.'
-    )
-
-
 def holds_layers_alone(weights: Mapping[str, Tensor]) -> bool:
     """Whether these are CEA layers without their base, as a run with a frozen base stores them."""
     return all('.cea.' in name for name in weights)
-
-
-def load_network(path: str | os.PathLike) -> nn.Module:
-    """The network that a file holds, with its weights in float32, in evaluation mode.
-
-    Raises:
-        UserError: No such file, not a file of weights, an unknown network, or weights that do not fit it.
-    """
-    return network_in(read_checkpoint(path), path)
-
-
-def network_in(content: Mapping[str, Any], path: str | os.PathLike) -> nn.Module:
-    """As :func:`load_network`, from the content of the file."""
-    weights = weights_of(content, path)
-    if holds_layers_alone(weights):
-        raise UserError(f'{path} holds CEA layers alone; `cea merge base.pth {path} whole.pth` makes a whole file.')
-    options = network_options(content, path)
-    net = build_network(options)
-    check_fit(net.state_dict(), weights, f'{path} does not fit {options.get("type")}')
-    net.load_state_dict(weights)
-    return net.eval()
 
 
 def merge(base: str, cea: str, out: str) -> int:

@@ -7,11 +7,14 @@ import sys
 from collections.abc import Callable
 
 import cea_arch
-from cea_arch import demo, doctor, export, profiling, restore_files
+from cea_arch import doctor
 from cea_arch.checkpoints import merge
 from cea_arch.compat import HAS_BASICSR, REMEDY
 from cea_arch.errors import UserError
+from cea_arch.interop import demo, export
 from cea_arch.layers import find_sites
+from cea_arch.profiling import command as profiling
+from cea_arch.restoring import command as restoring
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,8 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
         *(commands.choices[name] for name in ('check', 'study', 'schema', 'score', 'report', 'modules')),
     ):
         command.set_defaults(needs_basicsr=True)
-    restore = _add(commands, 'restore', 'restore picture files, folders of them, or patterns', restore_files.run)
-    restore_files.add_arguments(restore)
+    restore = _add(commands, 'restore', 'restore picture files, folders of them, or patterns', restoring.run)
+    restoring.add_arguments(restore)
     text = 'write a network for other programs, as ONNX or for torch.export, for pictures of any size'
     export.add_arguments(_add(commands, 'export', text, export.run))
     demo.add_arguments(_add(commands, 'demo', 'open a page on this machine to try a network on pictures', demo.run))
@@ -89,7 +92,7 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
     check.add_argument('--processes', type=int, default=1, help='of the launcher, for batch and epochs')
     check.add_argument('--allow-missing', action='store_true', help='exit with 0 though data or weights are missing')
     text = 'train a CEAIR and its ablations, as the paper names them, for several seeds, and compare'
-    study = _add(commands, 'study', text, lambda args: importlib.import_module('cea_arch.study').run(args))
+    study = _add(commands, 'study', text, lambda args: importlib.import_module('cea_arch.training.study').run(args))
     _add_options(study)
     study.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='one training of each variant for each')
     study.add_argument(
@@ -126,15 +129,15 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
 
 
 def _run_pipeline(args: argparse.Namespace) -> int:
-    return importlib.import_module('cea_arch.pipeline').run(args)
+    return importlib.import_module('cea_arch.training.pipeline').run(args)
 
 
 def _check(args: argparse.Namespace) -> int:
-    return importlib.import_module('cea_arch.check').run(args)
+    return importlib.import_module('cea_arch.training.check').run(args)
 
 
 def _schema(args: argparse.Namespace) -> None:
-    print(json.dumps(importlib.import_module('cea_arch.option_rules').options_schema(), indent=1))
+    print(json.dumps(importlib.import_module('cea_arch.training.option_rules').options_schema(), indent=1))
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -154,7 +157,7 @@ def _report(args: argparse.Namespace) -> None:
 
 def _modules(args: argparse.Namespace) -> None:
     """Print each module's name, class, channels and layout, or why it cannot be a target."""
-    options = importlib.import_module('cea_arch.options')
+    options = importlib.import_module('cea_arch.training.options')
     modules = find_sites(options.read_network(args.opt, base=True))
     widths = [max(len(word) for word in words) for words in zip(*((name, m.kind) for name, m in modules.items()))]
     for name, module in modules.items():

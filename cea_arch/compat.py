@@ -4,14 +4,12 @@ basicsr 1.4.2 imports three modules that newer releases have removed or moved. A
 ``sys.meta_path`` answers for exactly these names, so it is never asked where the real module exists.
 """
 
-import functools
 import importlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
 REMEDY = (
     'basicsr is not installed: `pip install --no-build-isolation basicsr==1.4.2` installs it on Python 3.10 to 3.12 '
@@ -96,23 +94,5 @@ class _NoRegistry:
         raise ImportError(f'cannot look up {name!r}: {REMEDY}')
 
 
-def extend_parser() -> None:
-    """Have BasicSR's parser of options complete ours, so that its own ``train_pipeline`` runs our option files."""
-    module = importlib.import_module('basicsr.utils.options')
-    parse_options = module.parse_options
-
-    @functools.wraps(parse_options)
-    def parse(*args: Any, **options: Any) -> tuple[dict[str, Any], Any]:
-        opt, given = parse_options(*args, **options)
-        return importlib.import_module('cea_arch.options').complete(opt), given
-
-    module.parse_options = parse
-    for name in ('basicsr.train', 'basicsr.test'):  # they have it under a name of their own
-        if name in sys.modules:
-            sys.modules[name].parse_options = parse
-
-
 HAS_BASICSR = import_basicsr() is not None
-if HAS_BASICSR:
-    extend_parser()
 ARCH_REGISTRY = importlib.import_module('basicsr.utils.registry').ARCH_REGISTRY if HAS_BASICSR else _NoRegistry()

@@ -11,16 +11,9 @@ from pathlib import Path
 import torch
 
 import cea_arch
-from cea_arch.checkpoints import (
-    WEIGHT_KEYS,
-    build_network,
-    check_fit,
-    holds_layers_alone,
-    network_options,
-    read_checkpoint,
-    weights_of,
-)
+from cea_arch.checkpoints import WEIGHT_KEYS, check_fit, holds_layers_alone, read_checkpoint, weights_of
 from cea_arch.compat import HAS_BASICSR, REMEDY, REPLACEMENTS
+from cea_arch.networks.from_file import build_network, network_options
 
 PACKAGES = ('torch', 'torchvision', 'numpy', 'opencv-python', 'pillow', 'scikit-image', 'lmdb', 'tqdm')
 EXTRAS = {

@@ -14,7 +14,7 @@ from cea_arch.compat import HAS_BASICSR  # noqa: E402  before any test imports b
 if not HAS_BASICSR:  # Python 3.13 and later: layers, networks, and restoring
     without = ('test_cea', 'test_cea_ir', 'test_comfyui', 'test_compat', 'test_demo', 'test_restore', 'test_restorer')
     without += ('test_video', 'test_whole_image')
-    collect_ignore = [path.name for path in Path(__file__).parent.glob('test_*.py') if path.stem not in without]
+    collect_ignore = [str(path) for path in Path(__file__).parent.rglob('test_*.py') if path.stem not in without]
 
 torch.set_num_threads(2)
 NET = {'type': 'CEAIR', 'size': 'T', 'dim': 8, 'num_blocks': [1, 1, 1, 1]}
@@ -161,9 +161,8 @@ def workplace(tmp_path, photograph, monkeypatch):
 @pytest.fixture(scope='session')
 def small_net():
     """A small CEAIR that changes a picture visibly."""
-    from test_cea_ir import TINY, lively
-
     from cea_arch.networks import CEAIR
+    from tests.networks.test_cea_ir import TINY, lively
 
     torch.manual_seed(0)
     net = lively(CEAIR(**TINY))
@@ -175,9 +174,8 @@ def small_net():
 @pytest.fixture(scope='session')
 def model(small_net, tmp_path_factory):
     """Path of a file that holds ``small_net`` and its options."""
-    from test_cea_ir import TINY
-
     from cea_arch.checkpoints import write_checkpoint
+    from tests.networks.test_cea_ir import TINY
 
     path = tmp_path_factory.mktemp('model') / 'net.pth'
     write_checkpoint({'params': small_net.state_dict(), 'network_g': {'type': 'CEAIR', **TINY}}, path)

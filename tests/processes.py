@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context('forkserver')
-CONTEXT.set_forkserver_preload(['cea_arch.pipeline', 'basicsr.train', 'basicsr.test', 'torch.utils.tensorboard'])
+CONTEXT.set_forkserver_preload(
+    ['cea_arch.training.pipeline', 'basicsr.train', 'basicsr.test', 'torch.utils.tensorboard']
+)
 
 
 def launch(folder, *arguments, ranks=1):

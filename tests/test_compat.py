@@ -4,9 +4,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
 from cea_arch.compat import HAS_BASICSR
+from tests.conftest import ROOT
 
 needs_basicsr = pytest.mark.skipif(not HAS_BASICSR, reason='basicsr does not build on this Python')
 
@@ -99,7 +99,7 @@ def test_layers_and_networks_run_without_basicsr():
         + """
 import torch
 from cea_arch.networks import CEAIR
-from cea_arch.archs.with_cea_arch import WithCEA
+from cea_arch.networks.with_cea import WithCEA
 from cea_arch.compat import ARCH_REGISTRY
 from cea_arch.layers import CEALayer
 assert CEAIR(size='T')(torch.rand(1, 3, 9, 9)).shape == (1, 3, 9, 9)

@@ -1,8 +1,8 @@
-"""Networks, blocks and the layer by name, for ``build_network`` and YAML files."""
+"""All that ARCH_REGISTRY gets from us, by name, for ``build_network`` and YAML files."""
 
 from cea_arch.compat import ARCH_REGISTRY
 from cea_arch.layers import CEABlock, CEALayer
-from cea_arch.networks import CEAIR
+from cea_arch.networks import CEAIR, WithCEA
 
-for known in (CEAIR, CEABlock, CEALayer):
+for known in (CEAIR, WithCEA, CEABlock, CEALayer):
     ARCH_REGISTRY.register(known)

@@ -11,7 +11,7 @@ from cea_arch.data.image_store import ImageStore
 from cea_arch.data.pairing import pair_keys
 from cea_arch.errors import UserError
 from cea_arch.metrics.protocols import find_protocol, score
-from cea_arch.models.report import Report, SetResult, compare
+from cea_arch.metrics.report import Report, SetResult, compare
 
 
 def score_saved_images(sets: Iterable[tuple[str, str, str]], protocol: str, output: str | Path) -> Report:

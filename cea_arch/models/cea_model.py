@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cea_arch import distributed
-from cea_arch.archs.with_cea_arch import WithCEA
 from cea_arch.checkpoints import read_checkpoint, weights_of, write_checkpoint
 from cea_arch.data.replay import seed_all
 from cea_arch.errors import UserError
 from cea_arch.metrics.protocols import PROTOCOLS
-from cea_arch.models.report import Report
+from cea_arch.metrics.report import Report
 from cea_arch.models.training_step import TrainingStep, checkpoint_activations, memory_format, optimizer_class
 from cea_arch.models.validation import ValidatedModel
+from cea_arch.networks.with_cea import WithCEA
 
 
 @MODEL_REGISTRY.register()
@@ -31,11 +31,10 @@ class CEAModel(ValidatedModel):
     Beside SRModel's options it reads ``train.fft_opt`` (a loss, such as ``CEAFFTLoss``), those of
     :class:`TrainingStep`, ``train.checkpoint_activations`` (see the function), any of torch's usual optimizers,
     ``device: mps``, ``val.protocol`` (one of ``PROTOCOLS``), ``val.maps`` (CEA layers whose routing is drawn for each
-    set's first image, see :class:`cea_arch.maps.RoutingMaps`; true: the last one), ``logger.keep_last`` (how many
-    checkpoints stay, all by default), and from each validation set ``benchmark`` and ``group``: sets of one benchmark,
-    and of one group, get a common mean. Validation
-    scores the degraded input beside the result, and writes the files of :class:`Report`; the weights with the best mean
-    of the first metric are kept as ``net_g_best.pth``.
+    set's first image, see :class:`RoutingMaps`; true: the last one), ``logger.keep_last`` (how many checkpoints stay,
+    all by default), and from each validation set ``benchmark`` and ``group``: sets of one benchmark, and of one group,
+    get a common mean. Validation scores the degraded input beside the result, and writes the files of :class:`Report`;
+    the weights with the best mean of the first metric are kept as ``net_g_best.pth``.
 
     Attributes:
         stop_asked: Set from outside, by a signal's name, it has training save and end after the current step.

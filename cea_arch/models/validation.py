@@ -17,11 +17,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from cea_arch import distributed
-from cea_arch.maps import RoutingMaps, draw_maps
 from cea_arch.metrics.protocols import score
 from cea_arch.metrics.psnr_ssim_metric import uint8_bgr
-from cea_arch.models.report import PANELS, SetResult, compare, write_beside, write_picture
-from cea_arch.tiling import spans
+from cea_arch.metrics.report import PANELS, SetResult, compare, write_beside, write_picture
+from cea_arch.restoring.maps import RoutingMaps, draw_maps
+from cea_arch.restoring.tiling import spans
 
 
 class ValidatedModel(SRModel):

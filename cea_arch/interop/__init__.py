@@ -1,0 +1,1 @@
+"""What other people's programs take: ONNX, torch.export, spandrel, ComfyUI, a page."""

@@ -1,0 +1,158 @@
+"""Networks for other programs: ONNX and torch.export files for pictures of any size, checked before they are kept.
+
+And weights alone, as ``.safetensors``: those that restore, once, in half precision if wished.
+"""
+
+import argparse
+import copy
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from cea_arch.checkpoints import read_checkpoint, write_checkpoint
+from cea_arch.errors import UserError, need
+from cea_arch.files import refuse_to_replace, written_beside
+from cea_arch.networks.from_file import MODEL_HELP, PACKAGED_WEIGHTS, load_network, network_in, network_options
+from cea_arch.restoring.fitting import find_fit
+
+WEIGHTS_ALONE = '.safetensors'
+SIZES = ((17, 24), (33, 40), (64, 47), (19, 90), (18, 31))  # height, width: odd and even, other than the traced one
+TRACED_SIZE = (40, 48)
+TOLERANCE = 1e-4  # for images in [0, 1]
+TOLERANCE_HALF = 1e-2  # measured: 6e-4 with trained weights, 5e-3 with random ones
+CANNOT = 'the network cannot be exported for pictures of any size: {}'
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare what :func:`run` reads."""
+    command.add_argument('output', help='NAME.onnx, NAME.pt2 for torch.export, or NAME.safetensors')
+    command.add_argument('-m', '--model', default=PACKAGED_WEIGHTS, help=MODEL_HELP)
+    command.add_argument('--fp16', action='store_true', help='half precision: half the file, for GPUs')
+    command.add_argument('--overwrite', action='store_true', help='replace a file that exists')
+
+
+def run(args: argparse.Namespace) -> None:
+    """Export a file of weights and say how far the result is from the network."""
+    if args.output.endswith(WEIGHTS_ALONE):
+        error, sizes = export_weights(args.model, args.output, args.fp16, args.overwrite)
+    else:
+        error, sizes = export_network(load_network(args.model), args.output, args.fp16, args.overwrite)
+    words = 'float16' if args.fp16 else 'float32'
+    said = ', '.join(f'{width} x {height}' for height, width in sizes)
+    names = ', input lq, output restored' if args.output.endswith('.onnx') else ''
+    print(f'{args.output}: RGB in [0, 1], {words}{names}; within {error:.1e} of the network at {said}.')
+
+
+def export_network(
+    net: nn.Module, path: str | os.PathLike, half: bool = False, overwrite: bool = False
+) -> tuple[float, list[tuple[int, int]]]:
+    """Write ``net`` for images of any size, beside and renamed, if what is read back computes what it does.
+
+    Args:
+        net: Network that maps RGB images ``(1, 3, H, W)``; it is put into evaluation mode.
+        path: Ends in ``.onnx``, input ``lq`` and output ``restored``, checked with onnxruntime; or in ``.pt2``, for
+            ``torch.export.load``.
+        half: Whether weights, images and results are float16.
+        overwrite: Whether a file that exists is replaced.
+
+    Returns:
+        The largest difference between the network in float32 and the file, and at which sizes (height, width).
+
+    Raises:
+        UserError: Another suffix, a file that exists, the extra is absent, a network that cannot be traced, or the
+            difference is above ``TOLERANCE``, or ``TOLERANCE_HALF``.
+    """
+    path = Path(path)
+    if path.suffix not in FORMATS:
+        raise UserError(f'{path}: expected a name that ends in {", ".join(FORMATS)} or {WEIGHTS_ALONE}.')
+    refuse_to_replace(path, overwrite)
+    write, read = FORMATS[path.suffix]
+    dtype, tolerance = (torch.float16, TOLERANCE_HALF) if half else (torch.float32, TOLERANCE)
+    multiple = find_fit(net.eval().cpu(), torch.device('cpu')).multiple
+    built_for = {m.img_size for m in net.modules() if isinstance(getattr(m, 'img_size', None), tuple)}  # as SwinIR is
+    sizes = [tuple(math.ceil(n / multiple) * multiple for n in size) for size in (TRACED_SIZE, *SIZES, *built_for)]
+    with written_beside(path) as aside:
+        write(_traced(copy.deepcopy(net).to(dtype), torch.rand(1, 3, *sizes[0]).to(dtype), multiple), aside)
+        exported = read(aside)
+        try:
+            error = _largest_difference(net, lambda x: exported(x.to(dtype)).float(), sizes[1:])
+        except (AssertionError, RuntimeError) as failure:  # a guard that the traced size alone passes
+            raise UserError(CANNOT.format(str(failure).strip().splitlines()[0])) from failure
+        if not error <= tolerance:
+            raise UserError(f'{path}: what was exported differs by {error:.1e}, over {tolerance:.1e}; it is not kept.')
+    return error, sizes[1:]
+
+
+def export_weights(
+    model: str | os.PathLike, path: str | os.PathLike, half: bool = False, overwrite: bool = False
+) -> tuple[float, list[tuple[int, int]]]:
+    """Write the weights of a file that restore, with what it says of its network, as ``.safetensors``.
+
+    Args:
+        model: A file of weights; of ``params_ema`` and ``params``, the former counts.
+        path: Where to write.
+        half, overwrite: As for :func:`export_network`; half precision is rounded from float32, and restores in it.
+
+    Returns:
+        As :func:`export_network`.
+
+    Raises:
+        UserError: A file that exists, or the extra ``safetensors`` is absent.
+    """
+    refuse_to_replace(Path(path), overwrite)
+    content = read_checkpoint(model)
+    net, options = network_in(content, model), network_options(content, model)
+    content.pop('params_ema', None)
+    weights = copy.deepcopy(net).to(torch.float16 if half else torch.float32).state_dict()
+    write_checkpoint(content | {'params': weights, 'network_g': options}, path)
+    sizes = [(64, 64), (97, 130)]
+    return _largest_difference(net, load_network(path), sizes), sizes
+
+
+def _traced(net: nn.Module, image: Tensor, multiple: int) -> torch.export.ExportedProgram:
+    size = {axis: Dim.DYNAMIC if multiple == 1 else multiple * Dim(f'cells{axis}') for axis in (2, 3)}
+    try:
+        return torch.export.export(net, (image,), dynamic_shapes=(size,))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(CANNOT.format(str(error).strip().splitlines()[0])) from error
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
+    need('onnxscript', 'export', 'ONNX')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # the exporter's, about its own future
+        traced = torch.onnx.export(program, input_names=['lq'], output_names=['restored'], verbose=False, dynamo=True)
+    traced.save(path, external_data=False)  # one file
+
+
+def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+    session = need('onnxruntime', 'export', 'ONNX').InferenceSession(path, providers=['CPUExecutionProvider'])
+    return lambda x: torch.from_numpy(session.run(None, {'lq': x.numpy()})[0])
+
+
+def _write_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    with path.open('wb') as file:
+        torch.export.save(program, file)
+
+
+def _read_program(path: Path) -> Callable[[Tensor], Tensor]:
+    with path.open('rb') as file:
+        return torch.export.load(file).module()
+
+
+FORMATS = {'.onnx': (_write_onnx, _read_onnx), '.pt2': (_write_program, _read_program)}
+
+
+@torch.no_grad()
+def _largest_difference(
+    net: nn.Module, exported: Callable[[Tensor], Tensor], sizes: Sequence[tuple[int, int]]
+) -> float:
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.rand(1, 3, *size, generator=generator) for size in sizes]
+    return max((exported(x) - net(x)).abs().max().item() for x in images)

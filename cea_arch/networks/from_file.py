@@ -1,0 +1,72 @@
+"""From a file of weights, or from options, to the network."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cea_arch.checkpoints import check_fit, holds_layers_alone, read_checkpoint, weights_of
+from cea_arch.compat import ARCH_REGISTRY, HAS_BASICSR
+from cea_arch.errors import UserError, lookup
+from cea_arch.networks.cea_ir import CEAIR, SIZES, named_size
+
+PACKAGED_WEIGHTS = Path(__file__).parent.parent / 'weights' / 'cea_ir_t.safetensors'  # see the card beside it
+MODEL_HELP = 'file of weights, .pth or .safetensors (default: CEA-IR-T as it comes with the package)'
+
+
+def build_network(options: Mapping[str, Any]) -> nn.Module:
+    """A network from its options, ``type`` and the constructor's own: CEAIR, or any that basicsr's registry knows.
+
+    Raises:
+        UserError: The type is unknown, or needs basicsr where it is absent; or an option is not the network's.
+    """
+    options = dict(options)
+    kind = options.pop('type', None)
+    options.pop('pretrained_base', None)  # the weights are in this file
+    if kind == 'CEAIR':
+        network: Callable[..., nn.Module] = CEAIR
+    elif not HAS_BASICSR:
+        raise UserError(f'network {kind!r} needs basicsr, which is not installed; without it there is CEAIR.')
+    else:
+        network = lookup(ARCH_REGISTRY, kind, 'network')
+    try:
+        return network(**options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f'network {kind!r} cannot be built: {error}') from error
+
+
+def network_options(content: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Any]:
+    """The network's options, from the file or, for CEAIR's named sizes, from the shapes of its weights."""
+    options = content.get('network_g')
+    if isinstance(options, Mapping):
+        return dict(options)
+    weights = weights_of(content, path)
+    if size := named_size(weights):
+        return {'type': 'CEAIR', 'size': size}
+    raise UserError(
+        f'{path} does not say what network it holds, and its {len(weights)} weights are not those of CEAIR in size '
+        f'{", ".join(SIZES)}: expected options under network_g, as CEAModel writes them.'
+    )
+
+
+def load_network(path: str | os.PathLike) -> nn.Module:
+    """The network that a file holds, with its weights in float32, in evaluation mode.
+
+    Raises:
+        UserError: No such file, not a file of weights, an unknown network, or weights that do not fit it.
+    """
+    return network_in(read_checkpoint(path), path)
+
+
+def network_in(content: Mapping[str, Any], path: str | os.PathLike) -> nn.Module:
+    """As :func:`load_network`, from the content of the file."""
+    weights = weights_of(content, path)
+    if holds_layers_alone(weights):
+        raise UserError(f'{path} holds CEA layers alone; `cea merge base.pth {path} whole.pth` makes a whole file.')
+    options = network_options(content, path)
+    net = build_network(options)
+    check_fit(net.state_dict(), weights, f'{path} does not fit {options.get("type")}')
+    net.load_state_dict(weights)
+    return net.eval()

@@ -1,0 +1,1 @@
+"""Restoring pictures, clips and arrays: in tiles, at any size, with the routing drawn."""

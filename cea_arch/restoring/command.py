@@ -1,0 +1,173 @@
+"""The command ``cea restore``: picture files and folders in, the same names out."""
+
+import argparse
+import glob
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from cea_arch.errors import UserError
+from cea_arch.files import refuse_to_replace
+from cea_arch.networks.from_file import MODEL_HELP, PACKAGED_WEIGHTS
+from cea_arch.restoring.maps import RoutingMaps, draw_maps
+from cea_arch.restoring.pictures import SUFFIXES, Picture, as_rgb8, read_picture, write_picture
+from cea_arch.restoring.restorer import Restorer, enlarged, restore
+from cea_arch.restoring.tiling import keep_freed_memory
+from cea_arch.restoring.video import ENCODERS, restore_clip
+
+LAST_LAYER = 'last'
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture: where it is, and its path below the output folder."""
+
+    source: Path
+    target: Path
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare what :func:`run` reads."""
+    command.add_argument(
+        'inputs',
+        nargs='+',
+        metavar='PICTURE',
+        help='files, folders or patterns such as "scans/*.png"; clips (.mp4, .mov, .mkv, .webm) by their names',
+    )
+    command.add_argument('-o', '--output', default='restored', help='folder to write to (default: restored)')
+    command.add_argument('-m', '--model', default=PACKAGED_WEIGHTS, help=MODEL_HELP)
+    command.add_argument('-r', '--recursive', action='store_true', help='also the folders below a folder')
+    command.add_argument('--overwrite', action='store_true', help='replace files that exist')
+    command.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1, mps (default: auto)')
+    command.add_argument('--precision', default='fp32', help='fp32, bf16 or fp16 (default: fp32)')
+    command.add_argument(
+        '--tile', default='auto', type=_tile, help='side of tiles in pixels; auto: by memory; 0: none (default: auto)'
+    )
+    command.add_argument('--overlap', default=32, type=int, help='pixels that tiles overlap on a side (default: 32)')
+    command.add_argument(
+        '--conditioning',
+        default='whole',
+        help='whole: tiles share the statistics of the whole image; tile: faster, each has its own (default: whole)',
+    )
+    command.add_argument('--compare', action='store_true', help='also write NAME_compare.png, input and output')
+    command.add_argument(
+        '--maps',
+        nargs='?',
+        const=LAST_LAYER,
+        metavar='LAYER',
+        help='also write NAME_maps.png, where each component of a CEA layer acts (default: of the last layer)',
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Restore all pictures; returns 1 if one could not be, after all others are done."""
+    keep_freed_memory()
+    output = Path(args.output)
+    jobs, failures = find_jobs(args.inputs, output, args.recursive)
+    done = 0
+    with _warnings_as_lines(), tqdm(total=len(jobs), unit='picture', disable=None) as bar:
+        restorer = Restorer(
+            args.model,
+            args.device,
+            args.precision,
+            args.tile,
+            args.overlap,
+            args.conditioning,
+            lambda tile, total: bar.set_postfix_str(f'tile {tile} of {total}') if total > 1 else None,
+        )
+        if args.maps:
+            restorer.maps = RoutingMaps(restorer.net, None if args.maps == LAST_LAYER else args.maps)
+        for job in jobs:
+            bar.set_description(job.source.name)
+            try:
+                if job.source.suffix.lower() in ENCODERS:
+                    _restore_clip(job, restorer, args.overwrite, args.compare, bar)
+                else:
+                    restore_file(job, restorer, args.overwrite, args.compare)
+                done += 1
+            except (UserError, OSError, RuntimeError, MemoryError) as error:
+                failures.append(str(error) if str(job.source) in str(error) else f'{job.source}: {error}')
+            bar.update()
+    for failure in failures:
+        print(f'cea restore: {failure}', file=sys.stderr)
+    print(f'{done} restored to {output}, {len(failures)} failed ({restorer.device}).')
+    return 1 if failures else 0
+
+
+def find_jobs(inputs: list[str], output: Path, recursive: bool) -> tuple[list[Job], list[str]]:
+    """What to restore, and for each input that gives nothing, why."""
+    jobs: dict[Path, Job] = {}
+    failures = []
+    for text in inputs:
+        matches = [text] if Path(text).exists() else sorted(glob.glob(text))  # noqa: PTH207  Path's takes no absolute
+        found = [Path(match) for match in matches]
+        if not found:
+            failures.append(f'{text} does not exist.')
+        for path in found:
+            pictures = _pictures_below(path, output, recursive) if path.is_dir() else [(path, Path(path.name))]
+            if not pictures:
+                failures.append(
+                    f'{path} holds no pictures{"" if recursive else "; -r looks into the folders below it"}.'
+                )
+            for source, relative in pictures:
+                job = Job(source, output / relative)
+                other = jobs.setdefault(job.target, job)
+                if other.source != source:
+                    failures.append(f'{source}: {other.source} is written to {job.target} already.')
+    return list(jobs.values()), failures
+
+
+def _pictures_below(folder: Path, output: Path, recursive: bool) -> list[tuple[Path, Path]]:
+    """Picture files in ``folder``, each with its path relative to it; not those that are results."""
+    return [
+        (path, path.relative_to(folder))
+        for path in sorted(folder.rglob('*') if recursive else folder.glob('*'))
+        if path.suffix.lower() in SUFFIXES
+        and not path.name.startswith('.')
+        and path.is_file()
+        and (output == folder or output not in path.parents)
+    ]
+
+
+def restore_file(job: Job, restorer: Restorer, overwrite: bool, compare: bool) -> None:
+    """Restore one picture and write it, and on request the comparison and the maps."""
+    extras = [job.target.with_name(f'{job.target.stem}_{word}.png') for word in ('compare', 'maps')]
+    wanted = [job.target] + extras[:1] * compare + extras[1:] * bool(restorer.maps)
+    for target in wanted:
+        refuse_to_replace(target, overwrite)
+    picture = read_picture(job.source)
+    restored = restore(picture.pixels, restorer)
+    write_picture(job.target, replace(picture, pixels=restored), overwrite)
+    if compare:
+        pair = np.concatenate([enlarged(as_rgb8(picture.pixels), restorer.fit.scale), as_rgb8(restored)], axis=1)
+        write_picture(extras[0], Picture(pair, 'PNG', picture.icc), overwrite)
+    if restorer.maps:
+        write_picture(extras[1], Picture(draw_maps(restorer.maps.maps), 'PNG'), overwrite)
+
+
+def _restore_clip(job: Job, restorer: Restorer, overwrite: bool, compare: bool, bar: tqdm) -> None:
+    if compare or restorer.maps:
+        raise UserError(f'{job.source}: --compare and --maps are for pictures, not for clips.')
+    refuse_to_replace(job.target, overwrite)
+    restore_clip(
+        job.source, job.target, restorer, lambda done, total: bar.set_postfix_str(f'frame {done} of {total or "?"}')
+    )
+
+
+def _tile(text: str) -> int | str:
+    return text if text == 'auto' else int(text)
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Print warnings as the command's own lines, above the progress bar."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('always', UserWarning)
+        warnings.showwarning = lambda message, *_: tqdm.write(f'cea restore: {message}', file=sys.stderr)
+        yield

@@ -1,0 +1,225 @@
+"""Restore pictures: arrays in, arrays of the same kind out. Needs no basicsr."""
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cea_arch.errors import UserError
+from cea_arch.layers.whole_image import WholeImage
+from cea_arch.networks.from_file import PACKAGED_WEIGHTS, load_network
+from cea_arch.restoring.fitting import Fit, find_fit
+from cea_arch.restoring.maps import RoutingMaps
+from cea_arch.restoring.tiling import (
+    ALIGN,
+    MIN_TILE,
+    Canvas,
+    Span,
+    check_tiles,
+    choose_tile,
+    halvings,
+    is_out_of_memory,
+    restore_tiled,
+)
+
+PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+CONDITIONINGS = ('whole', 'tile')
+
+
+def choose_device(name: str = 'auto') -> torch.device:
+    """The device of that name; ``auto``: CUDA, else Apple's MPS, else the CPU."""
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'device {name!r} cannot be used: {str(error).splitlines()[0]}') from error
+
+
+class Restorer:
+    """A network on a device that restores images of any size, in tiles where memory asks for it.
+
+    Args:
+        model: File of weights, see :func:`cea_arch.checkpoints.load_network`, or a network that maps RGB images
+            ``(1, 3, H, W)`` in [0, 1] to the same shape, or one that is an integer ``scale`` larger. One that takes
+            multiples of some size alone gets images continued by reflection. By default CEA-IR-T as it comes with the
+            package; ``cea_arch/weights/README.md`` says on what it was trained.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        precision: ``fp32``, or ``bf16`` or ``fp16`` under autocast; where that gives no finite numbers, fp32 is used
+            and a warning says so.
+        tile: Side in pixels of the square that is restored at once, overlaps included; 0: never tiled; ``auto``:
+            whole if memory allows. Where memory runs out it is halved, and a warning says so.
+        overlap: Pixels that a tile reaches beyond its own.
+        conditioning: ``whole``: all tiles share the global statistics of the whole image, found in sweeps over the
+            tiles; ``tile``: each has its own, which is faster and shows.
+        progress: Called after each tile with the number of tiles done and the number of all.
+
+    Attributes:
+        maps: A :class:`cea_arch.restoring.maps.RoutingMaps` of the network, to be filled by each call; none by default.
+
+    Raises:
+        UserError: A word or size that is not possible, or a file that is no model.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module = PACKAGED_WEIGHTS,
+        device: str = 'auto',
+        precision: str = 'fp32',
+        tile: int | str = 'auto',
+        overlap: int = 32,
+        conditioning: str = 'whole',
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        for name, value, known in (
+            ('precision', precision, PRECISIONS),
+            ('conditioning', conditioning, CONDITIONINGS),
+        ):
+            if value not in known:
+                raise UserError(f'{name} must be one of {", ".join(known)}, got {value!r}.')
+        if tile != 'auto' and not isinstance(tile, int):
+            raise UserError(f'tile must be auto or a number of pixels, got {tile!r}.')
+        check_tiles(0 if tile == 'auto' else tile, overlap)
+        self.device = choose_device(device)
+        net = model if isinstance(model, nn.Module) else load_network(model)
+        self.net = net.to(self.device).eval()
+        self.dtype = PRECISIONS[precision]
+        self.tile = tile
+        self.overlap = overlap
+        self.conditioning = conditioning
+        self.progress = progress
+        self.maps: RoutingMaps | None = None
+
+    @cached_property
+    def fit(self) -> Fit:
+        """Which sizes the network takes, and its scale."""
+        return find_fit(self.net, self.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Restore an RGB image ``(1, 3, H, W)`` in [0, 1], float32 on the CPU; the result, clipped.
+
+        Raises:
+            UserError: Memory does not suffice even for the smallest tile, or the network restores no RGB pictures.
+        """
+        height, width = x.shape[-2:]
+        out = x.new_empty(1, 3, height * self.fit.scale, width * self.fit.scale)
+
+        def write(top: int, rows: Tensor) -> None:
+            out[..., top : top + rows.shape[-2], :] = rows.clamp(0, 1)
+
+        self.paint(Canvas((height, width), lambda rows, columns: x[..., rows, columns], write, self.fit.scale))
+        return out
+
+    @torch.no_grad()
+    def paint(self, canvas: Canvas) -> None:
+        """Restore an image wherever it is kept; what is written is not clipped. Errors as for a call."""
+        with self.maps.recording() if self.maps else nullcontext():
+            height, width = canvas.size
+            multiple = self.fit.multiple
+            auto = self.tile == 'auto'
+            tile = choose_tile(self.net, height, width, self.device, multiple) if auto else self.tile
+            if not tile or max(height, width) <= tile:
+                try:
+                    self._run_tiles(canvas, None, max(height, width), 0)
+                    return
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                tile = max(max(height, width) // 2 // ALIGN * ALIGN, MIN_TILE)
+                warnings.warn(
+                    f'out of memory for {width} x {height} pixels at once: trying tiles of {tile}.', stacklevel=3
+                )
+            self._paint_tiles(canvas, tile)
+
+    def _paint_tiles(self, canvas: Canvas, tile: int) -> None:
+        for size, overlap in halvings(tile, self.overlap):
+            whole = WholeImage(self.net) if self.conditioning == 'whole' else None
+            try:
+                with whole or nullcontext():
+                    self._run_tiles(canvas, whole, size, overlap)
+                return
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            warnings.warn(f'out of memory for tiles of {size} pixels: trying smaller ones.', stacklevel=4)
+        raise UserError(f'out of memory even for tiles of {size} pixels; choose another device.')
+
+    def _run_tiles(self, canvas: Canvas, whole: WholeImage | None, tile: int, overlap: int) -> None:
+        def place(rows: Span, columns: Span) -> None:
+            if self.maps:
+                self.maps.place(rows, columns, canvas.size)
+
+        restore_tiled(self._run, whole, canvas, tile, overlap, self.progress, place)
+
+    def _run(self, x: Tensor) -> Tensor:
+        """The network's output for ``x``, both on the CPU, float32."""
+        restored = self._forward(x.to(self.device))
+        if self.dtype != torch.float32 and not restored.isfinite().all():
+            warnings.warn('this precision gave numbers that are not finite: going on in fp32.', stacklevel=4)
+            self.dtype = torch.float32
+            restored = self._forward(x.to(self.device))
+        return restored.cpu()
+
+    def _forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.fit.run(self.net, x).float()
+
+
+def restore(
+    image: np.ndarray, model: str | Path | nn.Module | Restorer = PACKAGED_WEIGHTS, **options: object
+) -> np.ndarray:
+    """Restore one image.
+
+    Args:
+        image: ``(H, W)`` grey, ``(H, W, 2)`` grey and alpha, ``(H, W, 3)`` RGB or ``(H, W, 4)`` RGB and alpha; uint8,
+            uint16, or float in [0, 1].
+        model: File of weights, network, or a :class:`Restorer` made before, which saves loading for every image.
+        options: Of :class:`Restorer`.
+
+    Returns:
+        An array of the dtype of ``image`` and, unless the network enlarges, of its shape; alpha is untouched.
+
+    Raises:
+        UserError: An image of another shape or dtype, or as :class:`Restorer`.
+    """
+    channels = image.shape[2] if image.ndim == 3 else 1
+    known = image.dtype in (np.uint8, np.uint16) or np.issubdtype(image.dtype, np.floating)
+    if image.ndim not in (2, 3) or channels not in (1, 2, 3, 4) or 0 in image.shape or not known:
+        raise UserError(
+            f'expected an image (H, W) or (H, W, 1 to 4) of uint8, uint16 or float, got {image.shape} of {image.dtype}.'
+        )
+    restorer = model if isinstance(model, Restorer) else Restorer(model, **options)
+    pixels = image.reshape(*image.shape[:2], channels)
+    out = enlarged(pixels, restorer.fit.scale)
+    colours = 3 if channels > 2 else 1
+    peak = np.iinfo(image.dtype).max if image.dtype.kind == 'u' else 1
+
+    def read(rows: slice, columns: slice) -> Tensor:
+        part = pixels[rows, columns, :colours].astype(np.float32) / np.float32(peak)
+        return torch.from_numpy(part).permute(2, 0, 1)[None].expand(-1, 3, -1, -1).contiguous()
+
+    def write(top: int, rows: Tensor) -> None:
+        rows = rows.clamp(0, 1)
+        if colours == 1:  # grey is restored as three equal channels
+            rows = rows.mean(1, keepdim=True)
+        rows = rows * peak
+        values = (rows.round_() if image.dtype.kind == 'u' else rows)[0].permute(1, 2, 0).numpy()
+        out[top : top + len(values), :, :colours] = values  # numpy casts whole numbers exactly
+
+    restorer.paint(Canvas(image.shape[:2], read, write, restorer.fit.scale))
+    return out.reshape(*out.shape[:2], *image.shape[2:])
+
+
+def enlarged(pixels: np.ndarray, scale: int) -> np.ndarray:
+    """A copy of pixels ``(H, W, channels)``, so many times as high and as wide, by cubic interpolation."""
+    if scale == 1:
+        return pixels.copy()
+    size = (pixels.shape[1] * scale, pixels.shape[0] * scale)
+    large = cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC).reshape(*size[::-1], -1)
+    return large if pixels.dtype.kind == 'u' else large.clip(0, 1)

@@ -1,0 +1,1 @@
+"""Option files, and what is done by them: training, testing, checking, studies."""

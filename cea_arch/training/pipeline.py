@@ -1,0 +1,333 @@
+"""BasicSR's own train and test pipelines, with what stands in the way on today's machines put right around them.
+
+``basicsr.train.train_pipeline`` looks the functions below up as globals of its module. They are replaced for the
+duration of one call and put back; no file of basicsr is touched.
+"""
+
+import importlib
+import logging
+import math
+import os
+import pickle
+import platform
+import shlex
+import signal
+import sys
+import time
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from copy import deepcopy
+from pathlib import Path
+from threading import current_thread, main_thread
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import basicsr
+import torch
+from basicsr.utils import check_resume
+from basicsr.utils.dist_util import master_only
+from torch.utils.data import DataLoader, Dataset
+
+import cea_arch
+from cea_arch import distributed
+from cea_arch.data.replay import ReplayDataset, ReplaySampler, start_worker
+from cea_arch.errors import UserError
+from cea_arch.files import locked, remove_leftovers
+from cea_arch.models.cea_model import CEAModel
+from cea_arch.models.training_step import TrainingStopped
+from cea_arch.restoring.tiling import keep_freed_memory
+from cea_arch.training.curves import ProgressLogger, open_tensorboard, start_wandb, write_curves
+from cea_arch.training.options import check_options, read_options, write_options
+
+_ABSENT = object()
+
+
+def run(args: Namespace) -> int:
+    """Train or test (``args.command``) as the option file ``args.opt`` says, below the folder ``args.root``.
+
+    What ends all processes at once is raised in the first one alone; the others return the exit code.
+    """
+    try:
+        opt = read_options(args.opt, args.set, args.force_yml)
+    except UserError:
+        if args.launcher == 'none' or distributed.first_of_machine():
+            raise
+        return 2
+    try:
+        _run_here(args, opt)
+    except (KeyboardInterrupt, TrainingStopped) as reason:
+        if distributed.rank() == 0:
+            raise
+        return 2 if isinstance(reason, TrainingStopped) else 130
+    except RuntimeError as error:
+        if not distributed.is_lost(error):
+            raise
+        raise UserError(
+            f'process {distributed.rank()} of {distributed.size()} has lost another one, whose own output may say why. '
+            f'The same command with --auto_resume goes on from the last checkpoint. ({str(error).splitlines()[0]})'
+        ) from error
+    finally:
+        distributed.stop()
+    return 0
+
+
+def _run_here(args: Namespace, opt: dict[str, Any]) -> None:
+    module = importlib.import_module(f'basicsr.{args.command}')
+    held = ExitStack()
+    changes = [
+        *_parsing(args, opt),
+        (module, 'parse_options', _checked(module.parse_options, held, opt)),
+        (module, 'get_env_info', _environment),
+        *_keeping_options(module, args, opt),
+    ]
+    if args.command == 'train':
+        resumed = {}
+        changes += [
+            (module, 'load_resume_state', lambda opt: resumed.setdefault('state', _agreed_state(opt))),
+            (module, 'EnlargedSampler', ReplaySampler),
+            (module, 'create_train_val_dataloader', _exact(module, resumed)),
+            (module, 'init_tb_logger', lambda log_dir: open_tensorboard(log_dir, resumed['state'])),
+            (module, 'init_wandb_logger', start_wandb),
+            (module, 'MessageLogger', ProgressLogger),
+        ]
+    keep_freed_memory()
+    stops = args.command == 'train' and opt['model_type'] == 'CEAModel' and current_thread() is main_thread()
+    with held, _replaced(changes), _own_log(), _stopping_on_signals() if stops else nullcontext():
+        try:
+            getattr(module, f'{args.command}_pipeline')(str(Path(args.root).absolute()))
+        except Exception as error:
+            # workers ignore signals: while a frame of the traceback holds their loader, Python waits for them for ever
+            traceback.clear_frames(error.__traceback__)
+            raise
+        if args.command == 'train' and not args.debug:
+            write_curves(args.root, opt['name'])
+
+
+def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
+    """The state to go on from: ``path.resume_state``, or with ``--auto_resume`` the newest one that is whole.
+
+    Works without CUDA and from any folder.
+
+    Raises:
+        UserError: The state that was asked for, or every one that exists, cannot be read.
+    """
+    if opt['auto_resume']:
+        states = list(Path(opt['path']['training_states']).glob('*.state'))
+        states = sorted((p for p in states if p.stem.isdigit()), key=lambda p: int(p.stem), reverse=True)
+    else:
+        states = [Path(p) for p in [opt['path'].get('resume_state')] if p]
+    for path in states:
+        try:
+            state = torch.load(path, map_location='cpu', weights_only=True)
+            weights = path.parent.parent / 'models' / f'net_g_{state["iter"]}.pth'
+            torch.load(weights, map_location='cpu', weights_only=True, mmap=True)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            logging.getLogger('cea_arch').warning('Cannot resume from %s: %s', path, error)
+            continue
+        opt['path']['resume_state'] = str(path)
+        check_resume(opt, state['iter'])
+        return state
+    if states:
+        raise UserError(f'none of the {len(states)} training states can be read; the newest is {states[0]}.')
+    return None
+
+
+def _agreed_state(opt: dict[str, Any]) -> dict[str, Any] | None:
+    """The state to go on from, the same one in all processes."""
+    state = load_resume_state(opt)
+    found = distributed.gather(state and state['iter'])
+    if len(set(found)) > 1:
+        raise UserError(
+            f'the processes found different training states, of iterations {found}: the folder experiments must be one '
+            'that all machines share.'
+        )
+    return state
+
+
+def _start(launcher: str, opt: dict[str, Any]) -> None:
+    distributed.start(launcher, torch.cuda.is_available() and opt['num_gpu'] != 0, **opt.get('dist_params') or {})
+
+
+def parsed_options(args: Namespace, opt: dict[str, Any], is_train: bool) -> dict[str, Any]:
+    """What BasicSR's parser makes of options, for one process: phases, paths, devices."""
+    parse_options = importlib.import_module('basicsr.utils.options').parse_options
+    with _replaced(_parsing(args, opt)):
+        parsed = parse_options(str(Path(args.root).absolute()), is_train)[0]
+    return _choose_device(parsed, opt)
+
+
+def training_loader(opt: dict[str, Any]) -> DataLoader:
+    """The loader of a training, as a run has it."""
+    module = importlib.import_module('basicsr.train')
+    alone = opt | {'datasets': {'train': opt['datasets']['train']}}
+    with _replaced([(module, 'EnlargedSampler', ReplaySampler)]):
+        return _exact(module, {})(alone, logging.getLogger('basicsr'))[0]
+
+
+def _parsing(args: Namespace, opt: dict[str, Any]) -> list[tuple[ModuleType, str, Any]]:
+    """Have BasicSR's parser take ``opt`` as the content of the file."""
+    argv = [f'cea {args.command}', '-opt', args.opt, '--launcher', getattr(args, 'launcher', 'none')]
+    argv += [f'--{switch}' for switch in ('auto_resume', 'debug') if getattr(args, switch, False)]
+    options_module = importlib.import_module('basicsr.utils.options')
+    return [
+        (options_module, 'ordered_yaml', lambda: (None, None)),
+        (options_module, 'yaml', SimpleNamespace(load=lambda file, Loader: deepcopy(opt))),
+        (options_module, 'print', lambda *words, **options: None),  # 'Disable distributed.'
+        (options_module, 'init_dist', lambda launcher, **_: _start(launcher, opt)),
+        (sys, 'argv', argv),
+    ]
+
+
+def _choose_device(parsed: dict[str, Any], opt: dict[str, Any]) -> dict[str, Any]:
+    """``num_gpu: auto`` takes Apple's GPU where there is no other, of which BasicSR knows nothing."""
+    if opt['num_gpu'] == 'auto' and not parsed['num_gpu'] and torch.backends.mps.is_available():
+        parsed.setdefault('device', 'mps')
+    return parsed
+
+
+def _checked(parse_options: Callable, held: ExitStack, opt: dict[str, Any]) -> Callable:
+    """Check what was parsed and, as ``held``, lock the run's folder before BasicSR renames an earlier one."""
+
+    def parse(root_path: str, is_train: bool = True) -> tuple[dict[str, Any], Namespace]:
+        parsed, args = parse_options(root_path, is_train)
+        with distributed.together():
+            check_options(_choose_device(parsed, opt))
+            if parsed['rank'] == 0:
+                folder = parsed['path']['experiments_root' if is_train else 'results_root']
+                held.enter_context(locked(folder))
+                remove_leftovers(folder)
+        return parsed, args
+
+    return parse
+
+
+def _keeping_options(module: ModuleType, args: Namespace, opt: dict[str, Any]) -> list[tuple[ModuleType, str, Any]]:
+    """Have the run keep its options as ``options.yml``, instead of BasicSR's copy of a file before it was changed."""
+    given = [('--set', args.set), ('--force_yml', args.force_yml)]
+    words = [args.opt, *(word for name, values in given if values for word in (name, *values))]
+    command = f'cea {args.command} -opt {shlex.join(words)}'
+    header = (
+        f'{command}\n{time.strftime("%Y-%m-%d %H:%M:%S")}; with what the file left out, what was set and the protocol'
+    )
+    basicsr_make_exp_dirs = module.make_exp_dirs
+
+    @master_only
+    def keep(file: str, folder: str) -> None:
+        write_options(opt, Path(folder, 'options.yml'), header)
+
+    def make_exp_dirs(parsed: dict[str, Any]) -> None:
+        basicsr_make_exp_dirs(parsed)
+        keep(args.opt, parsed['path']['results_root'])
+
+    return [(module, 'copy_opt_file', keep)] if args.command == 'train' else [(module, 'make_exp_dirs', make_exp_dirs)]
+
+
+def _exact(module: ModuleType, resumed: dict[str, dict[str, Any] | None]) -> Callable:
+    """Loaders for a training that can be resumed exactly.
+
+    BasicSR counts iterations of an epoch rounded up, but its loader drops the last batch: training ended early.
+    """
+    create_train_val_dataloader, build_dataset = module.create_train_val_dataloader, module.build_dataset
+
+    def create(opt: dict[str, Any], logger: logging.Logger) -> tuple:
+        def build(options: dict[str, Any]) -> Dataset:
+            dataset = build_dataset(options)
+            replace = options.get('on_bad_image') == 'replace'
+            return ReplayDataset(dataset, opt['manual_seed'], replace) if options['phase'] == 'train' else dataset
+
+        with _replaced([(module, 'build_dataset', build)]):
+            loader, sampler, val_loaders, _, total_iter = create_train_val_dataloader(opt, logger)
+        loader.worker_init_fn = start_worker
+        if hasattr(loader.dataset.dataset, 'describe'):
+            logger.info('Sources of the training set:\n%s', loader.dataset.dataset.describe())
+        opt['train']['iters_per_epoch'] = len(loader)
+        state = resumed.get('state')
+        if state:
+            state['epoch'], done = divmod(state['iter'], len(loader))
+            sampler.start_at(state['epoch'], done * loader.batch_size)
+        return loader, sampler, val_loaders, math.ceil(total_iter / len(loader)), total_iter
+
+    return create
+
+
+@contextmanager
+def _stopping_on_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM have :class:`CEAModel` save and end after the current step; a second one ends it at once."""
+
+    def ask(number: int, frame: object) -> None:
+        if CEAModel.stop_asked and distributed.size() == 1:  # launchers repeat what the terminal sent
+            raise KeyboardInterrupt
+        CEAModel.stop_asked = signal.Signals(number).name
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    old = {number: signal.signal(number, ask) for number in numbers}
+    training = True
+
+    def mask(how: int) -> None:
+        if training:
+            signal.pthread_sigmask(how, numbers)
+
+    if hasattr(os, 'register_at_fork'):  # workers are born deaf: one can be hit before start_worker runs in it
+        os.register_at_fork(before=lambda: mask(signal.SIG_BLOCK), after_in_parent=lambda: mask(signal.SIG_UNBLOCK))
+    try:
+        yield
+    except RuntimeError as error:
+        # a worker that the signal met before it could leave it to us
+        if CEAModel.stop_asked and 'DataLoader worker' in str(error):
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        training = False
+        CEAModel.stop_asked = None
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _environment() -> str:
+    versions = f'cea_arch {cea_arch.__version__}, basicsr {basicsr.__version__}, torch {torch.__version__}'
+    return f'{versions}, Python {platform.python_version()}'
+
+
+@contextmanager
+def _replaced(changes: list[tuple[ModuleType, str, Any]]) -> Iterator[None]:
+    old = [(module, name, getattr(module, name, _ABSENT)) for module, name, _ in changes]
+    try:
+        for module, name, value in changes:
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, name, value in old:
+            if value is _ABSENT:
+                delattr(module, name)
+            else:
+                setattr(module, name, value)
+
+
+@contextmanager
+def _own_log() -> Iterator[None]:
+    """Give the run its own log file, though BasicSR may have been at work before it in this process.
+
+    Drops the warning against several validation sets, which BasicSR repeats each time and CEAModel supports.
+    """
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith('Multiple validation datasets')
+
+    logger = logging.getLogger('basicsr')
+    _reset(logger)
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+        _reset(logger)
+
+
+def _reset(logger: logging.Logger) -> None:
+    """BasicSR sets its logger up once a process, even where something other than a run came first."""
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    importlib.import_module('basicsr.utils.logger').initialized_logger.clear()

@@ -1,0 +1,132 @@
+"""`cea export`: files of CEAIR and injected networks for onnxruntime and torch.export."""
+
+import pytest
+import torch
+from torch import nn
+
+from cea_arch.checkpoints import read_checkpoint, write_checkpoint
+from cea_arch.cli import main
+from cea_arch.errors import UserError
+from cea_arch.interop.export import FORMATS, SIZES, TOLERANCE, TOLERANCE_HALF, export_network
+from cea_arch.layers import CEABlock
+from cea_arch.networks import CEAIR
+from cea_arch.networks.from_file import load_network
+from cea_arch.networks.with_cea import WithCEA
+from tests.layers.test_inject import options_of
+from tests.networks.test_cea_ir import TINY, lively
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+@pytest.fixture(scope='module')
+def net():
+    torch.manual_seed(0)
+    net = lively(CEAIR(**TINY))
+    with torch.no_grad():  # a change as large as a restoration's
+        net.output.weight.mul_(0.1 / (net(torch.rand(1, 3, 32, 32)) - 0.5).std())
+    return net
+
+
+@pytest.fixture
+def block(monkeypatch):
+    """A small network of the parts that CEAIR is made of, which the command takes for the one in its file."""
+    net = lively(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), CEABlock(8, 2), nn.Conv2d(8, 3, 3, padding=1)))
+    monkeypatch.setattr('cea_arch.interop.export.load_network', lambda path: net)
+    return net
+
+
+def check(read, net, dtype, tolerance):
+    for size in SIZES:
+        x = torch.rand(1, 3, *size)
+        torch.testing.assert_close(read(x.to(dtype)).float(), net(x).detach(), rtol=0, atol=tolerance)
+
+
+def read_onnx(path):
+    runtime = pytest.importorskip('onnxruntime', reason='needs the extra: pip install -e ".[export]"')
+    session = runtime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    return lambda x: torch.from_numpy(session.run(None, {'lq': x.numpy()})[0])
+
+
+def test_cea_ir_as_onnx_gives_the_same_image_at_five_sizes(net, tmp_path, capsys):
+    pytest.importorskip('onnxscript', reason='needs the extra: pip install -e ".[export]"')
+    write_checkpoint({'params': net.state_dict(), 'network_g': {'type': 'CEAIR', **TINY}}, tmp_path / 'a.pth')
+    path = tmp_path / 'a.onnx'
+    assert main(['export', str(path), '-m', str(tmp_path / 'a.pth')]) == 0
+    assert 'a.onnx: RGB in [0, 1], float32, input lq, output restored; within' in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['a.onnx', 'a.pth']
+    check(read_onnx(path), net, torch.float32, TOLERANCE)
+    assert main(['export', str(path), '-m', str(tmp_path / 'a.pth')]) == 2
+    assert 'a.onnx exists; --overwrite replaces it.' in capsys.readouterr().err
+
+
+def test_cea_ir_for_torch_export_gives_the_same_image_at_five_sizes(net, tmp_path):
+    error, sizes = export_network(net, tmp_path / 'a.pt2')  # which reads it back
+    assert error <= TOLERANCE
+    assert sizes == list(SIZES)
+
+
+@pytest.mark.parametrize('suffix', ['.onnx', '.pt2'])
+@pytest.mark.parametrize(('words', 'dtype'), [([], torch.float32), (['--fp16'], torch.float16)])
+def test_both_formats_in_both_precisions(block, tmp_path, capsys, suffix, words, dtype):
+    if suffix == '.onnx':
+        pytest.importorskip('onnxscript', reason='needs the extra: pip install -e ".[export]"')
+    path = tmp_path / f'a{suffix}'
+    assert main(['export', str(path), '-m', 'a.pth', *words]) == 0
+    assert f'RGB in [0, 1], {str(dtype).removeprefix("torch.")}' in capsys.readouterr().out
+    read = read_onnx(path) if suffix == '.onnx' else torch.export.load(path).module()
+    check(read, block, dtype, TOLERANCE_HALF if words else TOLERANCE)
+
+
+def test_networks_that_enlarge_or_want_multiples(tmp_path):
+    def make(kind):
+        torch.manual_seed(0)
+        options = options_of(kind)
+        del options['type']
+        return lively(WithCEA(**options))
+
+    error, sizes = export_network(make('RRDBNet'), tmp_path / 'a.pt2')
+    assert error <= TOLERANCE
+    assert sizes == [(18, 24), (34, 40), (64, 48), (20, 90), (18, 32)]
+    program = torch.export.load(tmp_path / 'a.pt2').module()
+    assert program(torch.rand(1, 3, 10, 14)).shape == (1, 3, 20, 28)
+    with pytest.raises(UserError, match='cannot be exported for pictures of any size: Guard failed'):
+        export_network(make('SwinIR'), tmp_path / 'b.pt2')  # it lays out its windows in Python
+    assert [p.name for p in tmp_path.iterdir()] == ['a.pt2']
+
+
+def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMATS, '.pt2', (FORMATS['.pt2'][0], lambda path: lambda x: x + 1))
+    with pytest.raises(UserError, match=r'what was exported differs by .*, over 1.0e-04; it is not kept'):
+        export_network(torch.nn.Conv2d(3, 3, 3, padding=1), tmp_path / 'a.pt2')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_alone_in_half_precision(net, tmp_path, capsys):
+    pytest.importorskip('safetensors', reason='needs the extra: pip install -e ".[safetensors]"')
+    training = {name: value * 0 for name, value in net.state_dict().items()}
+    options = {'type': 'CEAIR', **TINY}
+    content = {'params': training, 'params_ema': net.state_dict(), 'network_g': options, 'iter': 7}
+    write_checkpoint(content, tmp_path / 'a.pth')
+    path = tmp_path / 'a.safetensors'
+    words = ['export', str(path), '-m', str(tmp_path / 'a.pth'), '--fp16']
+    assert main(words) == 0
+    assert 'a.safetensors: RGB in [0, 1], float16; within' in capsys.readouterr().out
+    content = read_checkpoint(path)
+    assert content['iter'] == 7
+    assert content['network_g'] == options
+    assert {value.dtype for value in content['params'].values()} == {torch.float16}
+    x = torch.rand(1, 3, 20, 17)
+    torch.testing.assert_close(load_network(path)(x), net(x), rtol=0, atol=TOLERANCE_HALF)
+    torch.save({f'module.{name}': value for name, value in CEAIR(size='T').state_dict().items()}, tmp_path / 'b.pth')
+    assert main(['export', str(tmp_path / 'b.safetensors'), '-m', str(tmp_path / 'b.pth')]) == 0
+    assert 'b.safetensors: RGB in [0, 1], float32; within 0.0e+00' in capsys.readouterr().out
+    assert main(words) == 2
+    assert 'a.safetensors exists; --overwrite replaces it.' in capsys.readouterr().err
+
+
+def test_mistakes_are_named(block, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r'expected a name that ends in \.onnx, \.pt2 or \.safetensors'):
+        export_network(block, tmp_path / 'a.pth')
+    monkeypatch.setitem(__import__('sys').modules, 'onnxscript', None)
+    with pytest.raises(UserError, match=r'pip install -e "\.\[export\]"'):
+        export_network(block, tmp_path / 'a.onnx')

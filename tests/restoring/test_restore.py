@@ -1,0 +1,299 @@
+"""`cea restore`: odd inputs one by one, options, failures."""
+
+import io
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image, ImageCms, ImageOps
+
+import cea_arch
+from cea_arch.checkpoints import read_checkpoint
+from cea_arch.cli import main
+from cea_arch.data.degradations import gaussian_noise, quantize, synthesize
+from cea_arch.errors import UserError
+from cea_arch.networks.from_file import PACKAGED_WEIGHTS
+from cea_arch.restoring.pictures import Picture, read_picture, write_picture
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+@pytest.fixture(scope='module')
+def profile():
+    """A profile that is not sRGB, as a camera or phone would embed."""
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile('LAB', 5000)).tobytes()
+
+
+def textured(height, width, channels=3, dtype=np.uint8):
+    """A smooth picture with an edge: repeatable, lively, and kind to JPEG."""
+    y, x = np.mgrid[:height, :width] / 24
+    planes = [0.5 + 0.3 * np.sin(x + phase) * np.cos(y) + 0.1 * (x > 1) for phase in range(channels)]
+    return np.round(np.stack(planes, -1) * np.iinfo(dtype).max).astype(dtype).squeeze()
+
+
+def run(model, *words):
+    return main(['restore', '-m', model, *map(str, words)])
+
+
+def expected(small_net, pixels):
+    """What the network makes of a picture, by the shortest way."""
+    peak = np.iinfo(pixels.dtype).max
+    grey = pixels.ndim == 2
+    rgb = np.stack([pixels] * 3, -1) if grey else pixels
+    with torch.no_grad():
+        out = small_net(torch.from_numpy(rgb.astype(np.float32) / peak).permute(2, 0, 1)[None]).clamp(0, 1)[0]
+    out = (out.mean(0) if grey else out.permute(1, 2, 0)).numpy() * peak
+    return np.round(out)
+
+
+@pytest.mark.parametrize('size', [(1, 1), (7, 5), (1, 3000), (64, 49)])
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize(('dtype', 'suffix'), [('u1', '.png'), ('u1', '.bmp'), ('u2', '.png'), ('u2', '.tif')])
+def test_sizes_and_depths(small_net, model, tmp_path, size, channels, dtype, suffix):
+    pixels = textured(*size, channels, np.dtype(dtype)).reshape(size + (3,) * (channels == 3))
+    source = tmp_path / f'a{suffix}'
+    assert cv2.imwrite(str(source), pixels[..., ::-1] if channels == 3 else pixels)
+    assert run(model, source, '-o', tmp_path / 'out', '--tile', 0) == 0
+    found = read_picture(tmp_path / 'out' / source.name).pixels
+    assert found.dtype == pixels.dtype
+    assert found.shape == pixels.shape
+    assert np.abs(found - expected(small_net, pixels)).max() <= 1
+    assert not np.array_equal(found, pixels)
+
+
+@pytest.mark.parametrize('mode', ['LA', 'RGBA'])
+@pytest.mark.parametrize(('depth', 'suffix'), [('u1', '.png'), ('u2', '.png'), ('u1', '.webp'), ('u2', '.tif')])
+def test_alpha_is_untouched(small_net, model, tmp_path, mode, depth, suffix):
+    if mode == 'LA' and suffix != '.png':
+        pytest.skip('WebP has no grey, Pillow opens no 16-bit TIFF of grey and alpha')
+    pixels = textured(20, 30, len(mode), np.dtype(depth))
+    write_picture(tmp_path / f'a{suffix}', Picture(pixels, {'.png': 'PNG', '.webp': 'WEBP', '.tif': 'TIFF'}[suffix]))
+    source = read_picture(tmp_path / f'a{suffix}').pixels
+    assert run(model, tmp_path / f'a{suffix}', '-o', tmp_path / 'out') == 0
+    found = read_picture(tmp_path / 'out' / f'a{suffix}').pixels
+    assert found.shape == pixels.shape
+    assert found.dtype == pixels.dtype
+    assert np.array_equal(found[..., -1], pixels[..., -1])
+    colours = source[..., 0] if mode == 'LA' else source[..., :3]
+    error = np.abs(found[..., : len(mode) - 1].squeeze() - expected(small_net, colours))
+    assert error.mean() <= (12 if suffix == '.webp' else 1)
+
+
+def test_palette_with_transparency(model, tmp_path):
+    image = Image.fromarray(textured(20, 30)).quantize(8)
+    image.save(tmp_path / 'p.png', transparency=0)
+    assert run(model, tmp_path / 'p.png', '-o', tmp_path / 'out') == 0
+    with Image.open(tmp_path / 'p.png') as source, Image.open(tmp_path / 'out' / 'p.png') as found:
+        assert found.mode == 'RGBA'
+        assert np.array_equal(found.getchannel('A'), source.convert('RGBA').getchannel('A'))
+
+
+def test_cmyk_jpeg_becomes_rgb(small_net, model, tmp_path):
+    Image.fromarray(textured(32, 48)).convert('CMYK').save(tmp_path / 'c.jpg', quality=95)
+    assert run(model, tmp_path / 'c.jpg', '-o', tmp_path / 'out') == 0
+    with Image.open(tmp_path / 'c.jpg') as source, Image.open(tmp_path / 'out' / 'c.jpg') as found:
+        assert found.mode == 'RGB'
+        assert np.abs(np.array(found) - expected(small_net, np.array(source.convert('RGB')))).mean() < 5
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('suffix', ['.jpg', '.png', '.webp', '.tif', '.16.png', '.16.tif'])
+def test_orientation_is_applied_and_cleared(tmp_path, orientation, suffix):
+    path = tmp_path / f'o{suffix}'
+    exif = Image.Exif()
+    exif[274] = orientation
+    exif[271] = 'maker'
+    pixels = textured(16, 24)
+    if suffix == '.16.tif':
+        tags = [(274, 'H', 1, orientation, True), (271, 's', 0, 'maker', True)]
+        tifffile.imwrite(path, pixels.astype(np.uint16) * 257, photometric='rgb', extratags=tags)
+    elif suffix == '.16.png':
+        write_picture(path, Picture(pixels.astype(np.uint16) * 257, 'PNG', exif=exif))
+    elif suffix == '.tif':
+        tifffile.imwrite(path, pixels, photometric='rgb', extratags=[(274, 'H', 1, orientation, True)])
+    else:
+        Image.fromarray(pixels).save(path, exif=exif, quality=100)
+    shown = Image.fromarray(pixels)
+    shown.getexif()[274] = orientation
+    shown = np.array(ImageOps.exif_transpose(shown))
+    picture = read_picture(path)
+    assert picture.pixels.shape == shown.shape
+    wide = picture.pixels / (257 if '16' in suffix else 1)
+    assert np.abs(wide - shown).mean() < 3
+    write_picture(tmp_path / f'again{suffix}', picture)
+    again = read_picture(tmp_path / f'again{suffix}')
+    assert again.pixels.shape == shown.shape
+    assert again.exif.get(274, 1) == 1
+    assert suffix == '.tif' or again.exif[271] == 'maker'
+
+
+@pytest.mark.parametrize('suffix', ['.jpg', '.png', '.webp', '.tif', '.16.png', '.16.tif'])
+def test_profile_and_resolution_are_kept(model, tmp_path, profile, suffix):
+    kind = {'jpg': 'JPEG', 'png': 'PNG', 'webp': 'WEBP', 'tif': 'TIFF'}[suffix.rpartition('.')[2]]
+    pixels = textured(16, 24, 3, np.uint16 if '16' in suffix else np.uint8)
+    write_picture(tmp_path / f'i{suffix}', Picture(pixels, kind, profile, dpi=(300, 300)))
+    assert run(model, tmp_path / f'i{suffix}', '-o', tmp_path / 'out') == 0
+    found = read_picture(tmp_path / 'out' / f'i{suffix}')
+    assert found.icc == profile
+    assert suffix == '.webp' or found.dpi == pytest.approx((300, 300), abs=0.1)
+
+
+def test_progressive_jpeg(model, tmp_path):
+    Image.fromarray(textured(40, 40)).save(tmp_path / 'p.jpg', progressive=True)
+    assert run(model, tmp_path / 'p.jpg', '-o', tmp_path / 'out') == 0
+
+
+def encoded(kind, dtype=np.uint8, **options):
+    if dtype == np.uint16:
+        return cv2.imencode(f'.{kind.lower()}', textured(64, 64, 3, dtype))[1].tobytes()
+    stream = io.BytesIO()
+    Image.fromarray(textured(64, 64)).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def bomb():
+    """A small PNG that promises 40,000 x 40,000 pixels."""
+    header = b'IHDR' + struct.pack('>IIBBBBB', 40_000, 40_000, 8, 2, 0, 0, 0)
+    data = encoded('PNG')
+    return data[:12] + header + struct.pack('>I', zlib.crc32(header)) + data[33:]
+
+
+@pytest.mark.parametrize(
+    ('name', 'data', 'message'),
+    [
+        ('cut.png', encoded('PNG')[:-300], 'damaged'),
+        ('cut16.png', encoded('PNG', np.uint16)[:-3000], 'damaged'),
+        ('cut.jpg', encoded('JPEG')[:-300], 'damaged: image file is truncated'),
+        ('text.png', b'this is no picture', 'not a picture of .png, .jpg'),
+        ('zero.png', b'', 'the file is empty'),
+        ('bomb.png', bomb(), r'refused: Image size (1600000000 pixels) exceeds limit'),
+        (
+            'moving.webp',
+            encoded('WEBP', save_all=True, append_images=[Image.new('RGB', (64, 64))]),
+            'has 2 frames; expected a still picture',
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and '.' in value else '',
+)
+def test_a_bad_file_fails_by_name_and_the_others_are_done(model, tmp_path, capsys, name, data, message):
+    folder = tmp_path / 'in'
+    folder.mkdir()
+    (folder / name).write_bytes(data)
+    (folder / 'z.png').write_bytes(encoded('PNG'))
+    assert run(model, folder, '-o', tmp_path / 'out') == 1
+    said = capsys.readouterr()
+    assert message in said.err
+    assert name in said.err
+    assert '1 restored to' in said.out
+    assert '1 failed' in said.out
+    assert [p.name for p in (tmp_path / 'out').iterdir()] == ['z.png']
+
+
+def test_float_tiffs_are_refused(tmp_path):
+    tifffile.imwrite(tmp_path / 'f.tif', np.zeros((8, 8), np.float32))
+    with pytest.raises(UserError, match='expected 8 or 16 bits a channel, found mode F of 32 bits'):
+        read_picture(tmp_path / 'f.tif')
+
+
+def test_folders_trees_patterns_and_names(model, tmp_path, capsys):
+    for name in ('照片/一.png', '照片/sub/二.jpg', '照片/.hidden.png', '照片/notes.txt', 'empty/x.txt'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encoded('JPEG' if name.endswith('jpg') else 'PNG'))
+    out = tmp_path / '照片' / 'out'
+
+    def written():
+        return sorted(p.relative_to(out).as_posix() for p in out.rglob('*.*'))
+
+    assert run(model, tmp_path / '照片', '-o', out) == 0
+    assert written() == ['一.png']
+    assert run(model, tmp_path / '照片', '-r', '-o', out, '--overwrite') == 0
+    assert written() == ['sub/二.jpg', '一.png']
+    assert run(model, f'{tmp_path}/照片/sub/*.jpg', '-o', out) == 0
+    assert written() == ['sub/二.jpg', '一.png', '二.jpg']
+    assert run(model, tmp_path / 'empty', tmp_path / 'nowhere', '-o', out) == 1
+    said = capsys.readouterr().err
+    assert 'empty holds no pictures; -r looks into the folders below it.' in said
+    assert 'nowhere does not exist.' in said
+    assert run(model, tmp_path / '照片/一.png', tmp_path / '照片', '-o', tmp_path / 'two') == 0
+    (tmp_path / '一.png').write_bytes(encoded('PNG'))
+    assert run(model, tmp_path / '一.png', tmp_path / '照片/一.png', '-o', tmp_path / 'three') == 1
+    assert '一.png is written to' in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten_unless_asked(model, tmp_path, capsys):
+    source, target = tmp_path / 'a.png', tmp_path / 'out' / 'a_compare.png'
+    source.write_bytes(encoded('PNG'))
+    target.parent.mkdir()
+    target.write_bytes(b'mine')
+    assert run(model, source, '-o', tmp_path / 'out', '--compare') == 1
+    assert 'a_compare.png exists; --overwrite replaces it.' in capsys.readouterr().err
+    assert [p.name for p in target.parent.iterdir()] == ['a_compare.png']
+    assert target.read_bytes() == b'mine'
+    assert run(model, source, '-o', tmp_path, '--overwrite', '--compare') == 0
+    assert source.read_bytes() != encoded('PNG')
+    with pytest.raises(UserError, match='exists; --overwrite replaces it'):
+        write_picture(source, Picture(textured(4, 4), 'PNG'))
+
+
+def test_an_output_that_cannot_be_written(model, tmp_path, capsys, monkeypatch):
+    (tmp_path / 'a.png').write_bytes(encoded('PNG'))
+    (tmp_path / 'file').write_bytes(b'')
+    assert run(model, tmp_path / 'a.png', '-o', tmp_path / 'file' / 'below') == 1
+    assert 'a.png: ' in capsys.readouterr().err
+
+    def refuse(source, target):
+        raise PermissionError(13, 'Permission denied', str(target))
+
+    monkeypatch.setattr('cea_arch.files.os.replace', refuse)
+    assert run(model, tmp_path / 'a.png', '-o', tmp_path / 'out') == 1
+    assert 'Permission denied' in capsys.readouterr().err
+    assert list((tmp_path / 'out').iterdir()) == []
+
+
+@pytest.mark.parametrize('words', [(), ('--tile', '64', '--overlap', '16')])
+def test_comparison_and_maps(small_net, model, tmp_path, words):
+    (tmp_path / 'a.png').write_bytes(encoded('PNG'))
+    pixels = textured(64, 100, 4)
+    write_picture(tmp_path / 'b.png', Picture(pixels, 'PNG'))
+    assert run(model, tmp_path / 'b.png', '-o', tmp_path / 'out', '--compare', '--maps', *words) == 0
+    pair = read_picture(tmp_path / 'out' / 'b_compare.png').pixels
+    restored = read_picture(tmp_path / 'out' / 'b.png').pixels
+    assert np.array_equal(pair, np.concatenate([pixels[..., :3], restored[..., :3]], axis=1))
+    sheet = read_picture(tmp_path / 'out' / 'b_maps.png').pixels
+    assert sheet.shape == (3 * 72, 3 * 108, 3)  # eight components and an empty place, 4 pixels around each
+    assert sheet[:72, :108].std() > 1
+
+
+def psnr(img, clean):
+    return -10 * np.log10(np.mean((img / 255.0 - clean / 255.0) ** 2))
+
+
+@pytest.mark.parametrize(
+    ('degrade', 'gain'),
+    [
+        (lambda clean, rng: gaussian_noise(clean, 25, rng), 6),
+        (lambda clean, rng: synthesize(clean, ['rain'], rng), 2),
+        (lambda clean, rng: synthesize(clean, ['low_light', 'rain', 'noise'], rng), 3),
+    ],
+    ids=['noise', 'rain', 'mixed'],
+)
+def test_the_weights_of_the_package_restore_photographs(photograph, tmp_path, degrade, gain):
+    clean = photograph[:240, :320]
+    degraded = quantize(degrade(clean / 255, np.random.default_rng(0)))
+    Image.fromarray(degraded).save(tmp_path / 'a.png')
+    assert main(['restore', str(tmp_path / 'a.png'), '-o', str(tmp_path / 'out')]) == 0
+    restored = read_picture(tmp_path / 'out' / 'a.png').pixels
+    assert psnr(restored, clean) > psnr(degraded, clean) + gain
+    assert np.array_equal(restored, cea_arch.restore(degraded))
+
+
+def test_the_weights_of_the_package_are_small_and_have_a_card():
+    assert PACKAGED_WEIGHTS.stat().st_size < 4 * 2**20
+    content = read_checkpoint(PACKAGED_WEIGHTS)
+    assert content['network_g'] == {'type': 'CEAIR', 'size': 'T'}
+    assert {value.dtype for value in content['params'].values()} == {torch.float16}
+    assert 'options/cea_photos.yml' in (PACKAGED_WEIGHTS.parent / 'README.md').read_text('utf-8')

@@ -1,0 +1,118 @@
+"""`cea_arch.restore` and `Restorer`: arrays in and out, tiles, memory, precision."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import cea_arch
+from cea_arch.errors import UserError
+from cea_arch.restoring.restorer import Restorer
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+def test_maps_of_tiles_are_those_of_the_whole(small_net):
+    x = torch.rand(1, 3, 90, 110)
+    found = []
+    for tile, overlap in ((0, 32), (64, 16)):
+        restorer = Restorer(small_net, 'cpu', tile=tile, overlap=overlap)
+        restorer.maps = cea_arch.restoring.maps.RoutingMaps(small_net, 'decoder.1.0.mixed_cea')
+        restorer(x)
+        found.append(restorer.maps.maps)
+    assert found[0].shape == found[1].shape == (8, 45, 55)
+    assert torch.corrcoef(torch.stack([maps.flatten() for maps in found]))[0, 1] > 0.95
+    with pytest.raises(UserError, match=r"no CEA layer 'decoder.9.0.mixed_cea'. Did you mean 'decoder"):
+        cea_arch.restoring.maps.RoutingMaps(small_net, 'decoder.9.0.mixed_cea')
+    with pytest.raises(UserError, match='no CEA layer whose routing'):
+        cea_arch.restoring.maps.RoutingMaps(nn.Identity())
+
+
+@pytest.mark.parametrize('dtype', ['u1', 'u2', 'f4', 'f8'])
+@pytest.mark.parametrize('shape', [(20, 31), (20, 31, 1), (20, 31, 2), (20, 31, 3), (20, 31, 4)])
+def test_the_library_call_gives_what_it_got(small_net, dtype, shape):
+    peak = np.iinfo(dtype).max if dtype[0] == 'u' else 1
+    image = (np.random.default_rng(0).random(shape) * peak).astype(dtype)
+    before = image.copy()
+    out = cea_arch.restore(image, small_net, device='cpu')
+    assert out.dtype == image.dtype
+    assert out.shape == image.shape
+    assert np.array_equal(image, before)
+    assert 0.001 < np.abs(out.astype(float) - image).mean() / peak < 0.5
+    if shape[-1] in (2, 4):
+        assert np.array_equal(out[..., -1], image[..., -1])
+
+
+@pytest.mark.parametrize('image', [np.zeros((4, 4, 5), 'u1'), np.zeros((4, 0), 'u1'), np.zeros((4, 4), 'i4')])
+def test_what_is_no_image_is_refused(small_net, image):
+    with pytest.raises(UserError, match=r'expected an image \(H, W\)'):
+        cea_arch.restore(image, small_net, device='cpu')
+
+
+class Hungry(nn.Module):
+    """Has memory for so many pixels only."""
+
+    def __init__(self, pixels):
+        super().__init__()
+        self.pixels = pixels
+
+    def forward(self, x):
+        if x.shape[-2] * x.shape[-1] > self.pixels:
+            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate')
+        return x
+
+
+def test_out_of_memory_halves_the_tile_and_says_so():
+    x = torch.rand(1, 3, 200, 150)
+    with pytest.warns(UserWarning, match='out of memory') as said:
+        out = Restorer(Hungry(70 * 70), 'cpu', tile=0)(x)
+    torch.testing.assert_close(out, x)
+    assert [str(w.message) for w in said] == [
+        'out of memory for 150 x 200 pixels at once: trying tiles of 96.',
+        'out of memory for tiles of 96 pixels: trying smaller ones.',
+    ]
+    with (
+        pytest.warns(UserWarning, match='out of memory'),
+        pytest.raises(UserError, match='out of memory even for tiles of 64 pixels'),
+    ):
+        Restorer(Hungry(2000), 'cpu', tile=128)(x)
+
+
+def test_other_errors_are_not_taken_for_memory():
+    class Broken(nn.Module):
+        def forward(self, x):
+            if len(x.flatten()) > 3 * 2000:
+                raise RuntimeError('mat1 and mat2')
+            return x
+
+    for tile in (0, 64):
+        with pytest.raises(RuntimeError, match='mat1 and mat2'):
+            Restorer(Broken(), 'cpu', tile=tile, overlap=16)(torch.rand(1, 3, 80, 80))
+
+
+def test_half_precision_falls_back_where_numbers_overflow(small_net):
+    x = torch.rand(1, 3, 33, 40)
+    exact = Restorer(small_net, 'cpu')(x)
+    assert (Restorer(small_net, 'cpu', 'bf16')(x) - exact).abs().mean() < 0.02
+
+    class Overflowing(nn.Module):
+        def forward(self, x):
+            return x * (torch.inf if torch.is_autocast_enabled('cpu') else 1)
+
+    with pytest.warns(UserWarning, match='not finite: going on in fp32'):
+        torch.testing.assert_close(Restorer(Overflowing(), 'cpu', 'fp16')(x), x)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'device': 'cuda:77'}, "device 'cuda:77' cannot be used"),
+        ({'precision': 'int8'}, "precision must be one of fp32, bf16, fp16, got 'int8'"),
+        ({'conditioning': 'none'}, "conditioning must be one of whole, tile, got 'none'"),
+        ({'tile': 'big'}, "tile must be auto or a number of pixels, got 'big'"),
+        ({'tile': 100}, 'tile must be a multiple of 16'),
+    ],
+)
+def test_bad_options_are_named(small_net, options, message):
+    with pytest.raises(UserError, match=message):
+        Restorer(small_net, **options)

@@ -1,0 +1,53 @@
+"""Who may import whom: a folder of the package imports from those below it, never from those above."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / 'cea_arch'
+GROUND = ('errors', 'files', 'rules', 'distributed', 'compat', 'checkpoints')  # modules that several rooms stand on
+FLOORS = (
+    ('layers', *GROUND),
+    ('networks',),
+    ('archs', 'data', 'losses'),
+    ('metrics', 'restoring'),
+    ('models', 'interop'),
+    ('training',),
+    ('profiling',),
+    ('doctor',),
+    ('cli',),
+    ('train', 'test', '__init__'),
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def imported(path: Path) -> set[str]:
+    """Rooms of the package that a file imports from, at its top, within functions, or by name."""
+    text = path.read_text('utf-8')
+    names = set(re.findall(r"import_module\('cea_arch\.(\w+)", text))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module == 'cea_arch':
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or '').startswith('cea_arch.'):
+            names.add(node.module.split('.')[1])
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split('.')[1] for alias in node.names if alias.name.startswith('cea_arch.')}
+    return names
+
+
+@pytest.mark.parametrize('path', sorted(PACKAGE.rglob('*.py')), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_from_below(path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix('.py')
+    above = {name for name in imported(path) - {room} if FLOOR[name] > FLOOR[room]}
+    beside = {name for name in imported(path) - {room, *GROUND} if FLOOR[name] == FLOOR[room] and room not in GROUND}
+    assert not above, f'{room} is below {above}'
+    assert not beside, f'{room} is beside {beside}'
+
+
+def test_layers_know_nothing_of_basicsr():
+    for path in (PACKAGE / 'layers').glob('*.py'):
+        assert 'basicsr' not in {
+            name.partition('.')[0] for name in re.findall(r'^\s*(?:from|import) (\S+)', path.read_text(), re.M)
+        }
