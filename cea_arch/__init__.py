@@ -1,17 +1,48 @@
-"""CEA (Continuous Expert Assembly, arXiv 2605.06127) as a plugin for BasicSR. Importing it registers everything."""
+"""CEA (Continuous Expert Assembly, arXiv 2605.06127) as a plugin for BasicSR.
 
-from cea_arch import archs as archs
-from cea_arch.compat import HAS_BASICSR
+Importing it is light: torch and basicsr are imported by what needs them, and once basicsr is, before or after, its
+registries know all of ours. ``restore`` and ``Restorer`` are those of :mod:`cea_arch.restoring.restorer`.
+"""
 
-if HAS_BASICSR:
-    from cea_arch import data as data
-    from cea_arch import losses as losses
-    from cea_arch import metrics as metrics
-    from cea_arch import models as models
-    from cea_arch.training.options import extend_parser
+import functools
+import importlib
+import sys
+from typing import Any
 
-    extend_parser()
-from cea_arch.restoring.restorer import Restorer as Restorer
-from cea_arch.restoring.restorer import restore as restore
+from cea_arch import compat
 
 __version__ = '0.1.0'
+__all__ = ['Restorer', 'restore']
+
+
+def _register() -> None:
+    """Put networks, data set, loss, metrics and model into BasicSR's registries, and complete its option files."""
+    from cea_arch import archs, losses, metrics, models  # noqa: F401
+    from cea_arch.data import all_in_one_dataset  # noqa: F401
+
+    _extend_parser()
+
+
+def _extend_parser() -> None:
+    """Have BasicSR's parser of options complete ours, so that its own ``train_pipeline`` runs our option files."""
+    module = importlib.import_module('basicsr.utils.options')
+    parse_options = module.parse_options
+
+    @functools.wraps(parse_options)
+    def parse(*args: Any, **options: Any) -> tuple[dict[str, Any], Any]:
+        opt, given = parse_options(*args, **options)
+        return importlib.import_module('cea_arch.training.options').complete(opt), given
+
+    module.parse_options = parse
+    for name in ('basicsr.train', 'basicsr.test'):  # they have it under a name of their own
+        if name in sys.modules:
+            sys.modules[name].parse_options = parse
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module('cea_arch.restoring.restorer'), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+compat.when_basicsr_is_imported(_register)

@@ -1,4 +1,4 @@
-"""The ``cea`` command."""
+"""The ``cea`` command: it parses, and then imports what the command needs."""
 
 import argparse
 import importlib
@@ -7,14 +7,9 @@ import sys
 from collections.abc import Callable
 
 import cea_arch
-from cea_arch import doctor
-from cea_arch.checkpoints import merge
-from cea_arch.compat import HAS_BASICSR, REMEDY
+from cea_arch.compat import REMEDY, has_basicsr
 from cea_arch.errors import UserError
-from cea_arch.interop import demo, export
-from cea_arch.layers import find_sites
-from cea_arch.profiling import command as profiling
-from cea_arch.restoring import command as restoring
+from cea_arch.files import PACKAGED_WEIGHTS
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,9 +17,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=f'cea_arch {cea_arch.__version__}')
     commands = parser.add_subparsers(dest='command', required=True)
     text = 'train a network as an option file says; results go to experiments/<name> and tb_logger/<name>'
-    train = _add(commands, 'train', text, _run_pipeline)
+    train = _add(commands, 'train', text, _later('cea_arch.training.pipeline'))
     text = 'score trained weights on the data sets of an option file; results go to results/<name>'
-    test = _add(commands, 'test', text, _run_pipeline)
+    test = _add(commands, 'test', text, _later('cea_arch.training.pipeline'))
     for command in (train, test):
         _add_options(command)
         command.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none', help='job launcher')
@@ -48,15 +43,13 @@ def build_parser() -> argparse.ArgumentParser:
         *(commands.choices[name] for name in ('check', 'study', 'schema', 'score', 'report', 'modules')),
     ):
         command.set_defaults(needs_basicsr=True)
-    restore = _add(commands, 'restore', 'restore picture files, folders of them, or patterns', restoring.run)
-    restoring.add_arguments(restore)
-    text = 'write a network for other programs, as ONNX or for torch.export, for pictures of any size'
-    export.add_arguments(_add(commands, 'export', text, export.run))
-    demo.add_arguments(_add(commands, 'demo', 'open a page on this machine to try a network on pictures', demo.run))
-    text = 'measure what networks cost, the share of CEA, or a CEA layer alone, and print tables'
-    profiling.add_arguments(_add(commands, 'profile', text, profiling.run))
-    _add(commands, 'doctor', 'say what is installed, what is not right, and what to do about it', doctor.run)
-    info = _add(commands, 'info', 'say what a file of weights holds', doctor.show_weights)
+    _add_restore(commands)
+    _add_export(commands)
+    _add_demo(commands)
+    _add_profile(commands)
+    text = 'say what is installed, what is not right, and what to do about it'
+    _add(commands, 'doctor', text, _later('cea_arch.doctor'))
+    info = _add(commands, 'info', 'say what a file of weights holds', _later('cea_arch.doctor', 'show_weights'))
     info.add_argument('file', help='.pth or .safetensors')
     return parser
 
@@ -67,6 +60,11 @@ def _add(
     command = commands.add_parser(name, help=text, description=text)
     command.set_defaults(call=call, needs_basicsr=False)
     return command
+
+
+def _later(module: str, function: str = 'run') -> Callable[[argparse.Namespace], int | None]:
+    """A function whose module is imported when it is called."""
+    return lambda args: getattr(importlib.import_module(module), function)(args)
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:
@@ -86,13 +84,13 @@ def _add_options(command: argparse.ArgumentParser) -> None:
 
 def _add_check(commands: argparse._SubParsersAction) -> None:
     text = 'check an option file, say what it would do, and take two real steps of a training; nothing is written'
-    check = _add(commands, 'check', text, _check)
+    check = _add(commands, 'check', text, _later('cea_arch.training.check'))
     _add_options(check)
     check.add_argument('--steps', type=int, default=2, help='how many steps to take; 0: none')
     check.add_argument('--processes', type=int, default=1, help='of the launcher, for batch and epochs')
     check.add_argument('--allow-missing', action='store_true', help='exit with 0 though data or weights are missing')
     text = 'train a CEAIR and its ablations, as the paper names them, for several seeds, and compare'
-    study = _add(commands, 'study', text, lambda args: importlib.import_module('cea_arch.training.study').run(args))
+    study = _add(commands, 'study', text, _later('cea_arch.training.study'))
     _add_options(study)
     study.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='one training of each variant for each')
     study.add_argument(
@@ -128,12 +126,88 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     report.add_argument('--published', metavar='BENCHMARK', help='add the published rows: aio3, aio5 or cdd11')
 
 
-def _run_pipeline(args: argparse.Namespace) -> int:
-    return importlib.import_module('cea_arch.training.pipeline').run(args)
+def _add_restore(commands: argparse._SubParsersAction) -> None:
+    text = 'restore picture files, folders of them, or patterns'
+    command = _add(commands, 'restore', text, _later('cea_arch.restoring.command'))
+    command.add_argument(
+        'inputs',
+        nargs='+',
+        metavar='PICTURE',
+        help='files, folders or patterns such as "scans/*.png"; clips (.mp4, .mov, .mkv, .webm) by their names',
+    )
+    command.add_argument('-o', '--output', default='restored', help='folder to write to (default: restored)')
+    _add_model(command)
+    command.add_argument('-r', '--recursive', action='store_true', help='also the folders below a folder')
+    command.add_argument('--overwrite', action='store_true', help='replace files that exist')
+    command.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1, mps (default: auto)')
+    command.add_argument('--precision', default='fp32', help='fp32, bf16 or fp16 (default: fp32)')
+    command.add_argument(
+        '--tile',
+        default='auto',
+        type=lambda text: text if text == 'auto' else int(text),
+        help='side of tiles in pixels; auto: by memory; 0: none (default: auto)',
+    )
+    command.add_argument('--overlap', default=32, type=int, help='pixels that tiles overlap on a side (default: 32)')
+    command.add_argument(
+        '--conditioning',
+        default='whole',
+        help='whole: tiles share the statistics of the whole image; tile: faster, each has its own (default: whole)',
+    )
+    command.add_argument('--compare', action='store_true', help='also write NAME_compare.png, input and output')
+    command.add_argument(
+        '--maps',
+        nargs='?',
+        const='last',
+        metavar='LAYER',
+        help='also write NAME_maps.png, where each component of a CEA layer acts (default: of the last layer)',
+    )
 
 
-def _check(args: argparse.Namespace) -> int:
-    return importlib.import_module('cea_arch.training.check').run(args)
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        '-m',
+        '--model',
+        default=PACKAGED_WEIGHTS,
+        help='file of weights, .pth or .safetensors (default: CEA-IR-T as it comes with the package)',
+    )
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    text = 'write a network for other programs, as ONNX or for torch.export, for pictures of any size'
+    command = _add(commands, 'export', text, _later('cea_arch.interop.export'))
+    command.add_argument('output', help='NAME.onnx, NAME.pt2 for torch.export, or NAME.safetensors')
+    _add_model(command)
+    command.add_argument('--fp16', action='store_true', help='half precision: half the file, for GPUs')
+    command.add_argument('--overwrite', action='store_true', help='replace a file that exists')
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    text = 'open a page on this machine to try a network on pictures'
+    command = _add(commands, 'demo', text, _later('cea_arch.interop.demo'))
+    _add_model(command)
+    command.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1, mps (default: auto)')
+    command.add_argument('--host', default='127.0.0.1', help='address to serve on (default: 127.0.0.1, this machine)')
+    command.add_argument('--port', type=int, help='port to serve on (default: the first free one from 7860)')
+
+
+def _add_profile(commands: argparse._SubParsersAction) -> None:
+    text = 'measure what networks cost, the share of CEA, or a CEA layer alone, and print tables'
+    command = _add(commands, 'profile', text, _later('cea_arch.profiling.command'))
+    command.add_argument('-opt', nargs='+', action='extend', default=[], help='option YAML files, for their network_g')
+    command.add_argument('--code', nargs='+', default=[], help="others, each 'NAME=FILE.py:Class(word=value)'")
+    command.add_argument('--size', nargs='+', default=[], help="CEAIR's named sizes: base, S, T")
+    command.add_argument('--without-cea', action='store_true', help='each network also without its CEA layers')
+    command.add_argument('--pixels', nargs='+', type=int, default=[256], help='heights of square images (256)')
+    command.add_argument('--train', action='store_true', help='forward and backward instead of inference')
+    command.add_argument('--layers', choices=('type', 'stage'), help='also where time and MACs go, by type or by stage')
+    command.add_argument('--layer', action='store_true', help='one adapted projection, its parts, and its block')
+    for name, default in (('dim', 96), ('rank', 8), ('heads', 4)):
+        command.add_argument(f'--{name}', type=int, default=default, help=f'of the layer with --layer ({default})')
+    command.add_argument('--device', default='auto', help='auto (default), cpu, cuda, cuda:1, mps')
+    precisions = ('fp32', 'bf16', 'fp16')
+    command.add_argument('--precision', choices=precisions, default='fp32', help='bf16 and fp16: under autocast')
+    command.add_argument('--repeats', type=int, default=11, help='runs that count, after one that does not (11)')
+    command.add_argument('--output', help='also write the figures to this JSON file')
 
 
 def _schema(args: argparse.Namespace) -> None:
@@ -158,7 +232,8 @@ def _report(args: argparse.Namespace) -> None:
 def _modules(args: argparse.Namespace) -> None:
     """Print each module's name, class, channels and layout, or why it cannot be a target."""
     options = importlib.import_module('cea_arch.training.options')
-    modules = find_sites(options.read_network(args.opt, base=True))
+    network = options.read_network(args.opt, base=True)
+    modules = importlib.import_module('cea_arch.layers').find_sites(network)
     widths = [max(len(word) for word in words) for words in zip(*((name, m.kind) for name, m in modules.items()))]
     for name, module in modules.items():
         mark = ' ' if module.problem else '*'
@@ -168,14 +243,14 @@ def _modules(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    count = merge(args.base, args.cea, args.out)
+    count = importlib.import_module('cea_arch.checkpoints').merge(args.base, args.cea, args.out)
     print(f'{args.out}: {count} weights.')
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, its own, 2 for a user's mistake, 130 when interrupted."""
     args = build_parser().parse_args(argv)
-    if not HAS_BASICSR and args.needs_basicsr:
+    if args.needs_basicsr and not has_basicsr():
         print(f'cea {args.command}: {REMEDY}', file=sys.stderr)
         return 2
     try:

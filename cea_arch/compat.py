@@ -5,11 +5,13 @@ basicsr 1.4.2 imports three modules that newer releases have removed or moved. A
 """
 
 import importlib
+import importlib.util
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 REMEDY = (
     'basicsr is not installed: `pip install --no-build-isolation basicsr==1.4.2` installs it on Python 3.10 to 3.12 '
@@ -61,38 +63,65 @@ class _ReplacementFinder:
         REPLACEMENTS[module.__name__](module)
 
 
-def import_basicsr() -> ModuleType | None:
-    """Import basicsr with the replacements at hand; ``None`` where it is not installed. Other errors are raised."""
-    if _ReplacementFinder not in sys.meta_path:
-        sys.meta_path.append(_ReplacementFinder)
-    if 'basicsr' not in sys.modules:
-        # an attempt that failed before us leaves submodules behind that a new import would not bind to the package
-        for name in [name for name in sys.modules if name.startswith('basicsr.')]:
-            del sys.modules[name]
-    try:
+class _Loader:
+    """Loads basicsr as its own loader does, quietly, and then has what waits for it run."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__.loader = module.__loader__ = self.loader
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', message='Please import', category=DeprecationWarning)
-            return importlib.import_module('basicsr')
-    except ModuleNotFoundError as error:
-        if error.name != 'basicsr':
-            raise
-        return None
+            self.loader.exec_module(module)
+        for call in _waiting:
+            call()
 
 
-class _NoRegistry:
-    """Stands where a registry would, if basicsr is absent: classes stay usable, look-ups say what is missing."""
+class _BasicsrFinder:
+    """Finds basicsr where the others find it, so that its import can be followed."""
 
-    def __iter__(self) -> Iterator:
-        raise ImportError(f'cannot look up a network: {REMEDY}')
+    @classmethod
+    def find_spec(cls, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if name != 'basicsr':
+            return None
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not cls)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
 
-    @staticmethod
-    def register(obj: type | None = None, suffix: str | None = None) -> Callable | type:
-        return obj if obj is not None else lambda cls: cls
 
-    @staticmethod
-    def get(name: str) -> None:
-        raise ImportError(f'cannot look up {name!r}: {REMEDY}')
+_waiting: list[Callable[[], None]] = []
 
 
-HAS_BASICSR = import_basicsr() is not None
-ARCH_REGISTRY = importlib.import_module('basicsr.utils.registry').ARCH_REGISTRY if HAS_BASICSR else _NoRegistry()
+def when_basicsr_is_imported(call: Callable[[], None]) -> None:
+    """Run ``call`` after basicsr's import, now if it has been imported already. Puts the finders into their places."""
+    _waiting.append(call)
+    if _ReplacementFinder not in sys.meta_path:
+        sys.meta_path.append(_ReplacementFinder)
+        sys.meta_path.insert(0, _BasicsrFinder)
+    if 'basicsr' in sys.modules:
+        call()
+        return
+    # an attempt that failed before us leaves submodules behind that a new import would not bind to the package
+    for name in [name for name in sys.modules if name.startswith('basicsr.')]:
+        del sys.modules[name]
+
+
+def has_basicsr() -> bool:
+    """Whether basicsr is installed; it is not imported."""
+    try:
+        return importlib.util.find_spec('basicsr') is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def arch_registry() -> Any:
+    """BasicSR's ARCH_REGISTRY, with all of ours in it; ImportError with the remedy where basicsr is absent."""
+    if not has_basicsr():
+        raise ImportError(REMEDY)
+    return importlib.import_module('basicsr.utils.registry').ARCH_REGISTRY

@@ -1,6 +1,7 @@
 """What is installed and what a file holds: ``cea doctor`` and ``cea info``."""
 
 import argparse
+import importlib
 import importlib.util
 import platform
 import sys
@@ -12,7 +13,7 @@ import torch
 
 import cea_arch
 from cea_arch.checkpoints import WEIGHT_KEYS, check_fit, holds_layers_alone, read_checkpoint, weights_of
-from cea_arch.compat import HAS_BASICSR, REMEDY, REPLACEMENTS
+from cea_arch.compat import REMEDY, REPLACEMENTS, has_basicsr
 from cea_arch.networks.from_file import build_network, network_options
 
 PACKAGES = ('torch', 'torchvision', 'numpy', 'opencv-python', 'pillow', 'scikit-image', 'lmdb', 'tqdm')
@@ -35,8 +36,9 @@ def run(args: argparse.Namespace) -> int:
         print(f'device {device}')
     for extra, names in EXTRAS.items():
         print(f'extra {extra}: ' + ', '.join(f'{name} {_version(name) or "absent"}' for name in names))
+    basicsr = importlib.import_module('basicsr') if has_basicsr() else None
     problems = list(_problems())
-    if HAS_BASICSR:
+    if basicsr:
         print(f'basicsr {_version("basicsr")} in {Path(sys.modules["basicsr"].__file__).parent}')
         replaced = [name for name in REPLACEMENTS if _is_replaced(name)]
         print(f'replaced in memory for basicsr: {", ".join(replaced) or "nothing"}')
@@ -89,7 +91,7 @@ def _is_replaced(name: str) -> bool:
 
 
 def _problems() -> Iterator[str]:
-    if not HAS_BASICSR:
+    if not has_basicsr():
         yield REMEDY
     elif _version('basicsr') != KNOWN_BASICSR:
         yield (

@@ -15,6 +15,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+PACKAGED_WEIGHTS = Path(__file__).parent / 'weights' / 'cea_ir_t.safetensors'  # see the card beside it
+
 
 @contextmanager
 def written_beside(path: str | os.PathLike) -> Iterator[Path]:

@@ -9,9 +9,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from cea_arch.compat import HAS_BASICSR  # noqa: E402  before any test imports basicsr
+from cea_arch.compat import has_basicsr  # noqa: E402  before any test imports basicsr
 
-if not HAS_BASICSR:  # Python 3.13 and later: layers, networks, and restoring
+if not has_basicsr():  # Python 3.13 and later: layers, networks, and restoring
     without = ('test_cea', 'test_cea_ir', 'test_comfyui', 'test_compat', 'test_demo', 'test_restore', 'test_restorer')
     without += ('test_video', 'test_whole_image')
     collect_ignore = [str(path) for path in Path(__file__).parent.rglob('test_*.py') if path.stem not in without]

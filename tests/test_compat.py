@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from cea_arch.compat import HAS_BASICSR
+from cea_arch.compat import has_basicsr
 from tests.conftest import ROOT
 
-needs_basicsr = pytest.mark.skipif(not HAS_BASICSR, reason='basicsr does not build on this Python')
+needs_basicsr = pytest.mark.skipif(not has_basicsr(), reason='basicsr does not build on this Python')
 
 BLOCK = """
 import sys
@@ -100,12 +100,12 @@ def test_layers_and_networks_run_without_basicsr():
 import torch
 from cea_arch.networks import CEAIR
 from cea_arch.networks.with_cea import WithCEA
-from cea_arch.compat import ARCH_REGISTRY
+from cea_arch.compat import arch_registry
 from cea_arch.layers import CEALayer
 assert CEAIR(size='T')(torch.rand(1, 3, 9, 9)).shape == (1, 3, 9, 9)
 assert CEALayer(4)(*torch.rand(2, 1, 4, 2, 2)).shape == (1, 4, 2, 2)
 assert not any(name.startswith('basicsr') for name in sys.modules)
-for look_up in (lambda: ARCH_REGISTRY.get('SwinIR'), lambda: WithCEA({'type': 'SwinIR'})):
+for look_up in (arch_registry, lambda: WithCEA({'type': 'SwinIR'})):
     try:
         look_up()
     except ImportError as error:

@@ -1,8 +1,8 @@
 """All that ARCH_REGISTRY gets from us, by name, for ``build_network`` and YAML files."""
 
-from cea_arch.compat import ARCH_REGISTRY
+from cea_arch.compat import arch_registry
 from cea_arch.layers import CEABlock, CEALayer
 from cea_arch.networks import CEAIR, WithCEA
 
 for known in (CEAIR, WithCEA, CEABlock, CEALayer):
-    ARCH_REGISTRY.register(known)
+    arch_registry().register(known)

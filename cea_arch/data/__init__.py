@@ -1,6 +1,1 @@
-"""Data sets in BasicSR's DATASET_REGISTRY: importing a ``*_dataset.py`` registers what it holds."""
-
-from cea_arch.compat import HAS_BASICSR
-
-if HAS_BASICSR:  # degradations and writers work without it
-    from cea_arch.data import all_in_one_dataset as all_in_one_dataset
+"""Data sets for BasicSR's DATASET_REGISTRY; degradations, pairing and writers work without it."""

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cea_arch.networks.from_file import PACKAGED_WEIGHTS
+from cea_arch.files import PACKAGED_WEIGHTS
 from cea_arch.restoring.restorer import CONDITIONINGS, PRECISIONS, Restorer, restore
 
 load = lru_cache(maxsize=2)(Restorer)

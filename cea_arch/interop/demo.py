@@ -11,7 +11,6 @@ import numpy as np
 
 from cea_arch.data.degradations import ORDER, quantize, synthesize
 from cea_arch.errors import UserError, need
-from cea_arch.networks.from_file import MODEL_HELP, PACKAGED_WEIGHTS
 from cea_arch.restoring.maps import RoutingMaps, draw_maps
 from cea_arch.restoring.pictures import as_rgb8, read_picture, write_picture
 from cea_arch.restoring.restorer import Restorer, enlarged, restore
@@ -21,14 +20,6 @@ CHOICES = [(name.replace('_', ' '), name) for name in ORDER]
 MAPS_NOTE = (
     'Routing: a panel for each component of the last CEA layer; red pixels take it, blue ones with the opposite sign.'
 )
-
-
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare what :func:`run` reads."""
-    command.add_argument('-m', '--model', default=PACKAGED_WEIGHTS, help=MODEL_HELP)
-    command.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1, mps (default: auto)')
-    command.add_argument('--host', default='127.0.0.1', help='address to serve on (default: 127.0.0.1, this machine)')
-    command.add_argument('--port', type=int, help='port to serve on (default: the first free one from 7860)')
 
 
 def run(args: argparse.Namespace) -> None:

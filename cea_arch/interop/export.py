@@ -18,7 +18,7 @@ from torch.export import Dim
 from cea_arch.checkpoints import read_checkpoint, write_checkpoint
 from cea_arch.errors import UserError, need
 from cea_arch.files import refuse_to_replace, written_beside
-from cea_arch.networks.from_file import MODEL_HELP, PACKAGED_WEIGHTS, load_network, network_in, network_options
+from cea_arch.networks.from_file import load_network, network_in, network_options
 from cea_arch.restoring.fitting import find_fit
 
 WEIGHTS_ALONE = '.safetensors'
@@ -27,14 +27,6 @@ TRACED_SIZE = (40, 48)
 TOLERANCE = 1e-4  # for images in [0, 1]
 TOLERANCE_HALF = 1e-2  # measured: 6e-4 with trained weights, 5e-3 with random ones
 CANNOT = 'the network cannot be exported for pictures of any size: {}'
-
-
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare what :func:`run` reads."""
-    command.add_argument('output', help='NAME.onnx, NAME.pt2 for torch.export, or NAME.safetensors')
-    command.add_argument('-m', '--model', default=PACKAGED_WEIGHTS, help=MODEL_HELP)
-    command.add_argument('--fp16', action='store_true', help='half precision: half the file, for GPUs')
-    command.add_argument('--overwrite', action='store_true', help='replace a file that exists')
 
 
 def run(args: argparse.Namespace) -> None:

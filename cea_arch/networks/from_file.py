@@ -2,18 +2,14 @@
 
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from cea_arch.checkpoints import check_fit, holds_layers_alone, read_checkpoint, weights_of
-from cea_arch.compat import ARCH_REGISTRY, HAS_BASICSR
+from cea_arch.compat import arch_registry, has_basicsr
 from cea_arch.errors import UserError, lookup
 from cea_arch.networks.cea_ir import CEAIR, SIZES, named_size
-
-PACKAGED_WEIGHTS = Path(__file__).parent.parent / 'weights' / 'cea_ir_t.safetensors'  # see the card beside it
-MODEL_HELP = 'file of weights, .pth or .safetensors (default: CEA-IR-T as it comes with the package)'
 
 
 def build_network(options: Mapping[str, Any]) -> nn.Module:
@@ -27,10 +23,10 @@ def build_network(options: Mapping[str, Any]) -> nn.Module:
     options.pop('pretrained_base', None)  # the weights are in this file
     if kind == 'CEAIR':
         network: Callable[..., nn.Module] = CEAIR
-    elif not HAS_BASICSR:
+    elif not has_basicsr():
         raise UserError(f'network {kind!r} needs basicsr, which is not installed; without it there is CEAIR.')
     else:
-        network = lookup(ARCH_REGISTRY, kind, 'network')
+        network = lookup(arch_registry(), kind, 'network')
     try:
         return network(**options)
     except (TypeError, ValueError) as error:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cea_arch.compat import HAS_BASICSR, REMEDY
+from cea_arch.compat import REMEDY, has_basicsr
 from cea_arch.errors import UserError
 from cea_arch.files import written_beside
 from cea_arch.layers import CEABlock, HyperAdapter, assemble, remove_cea
@@ -44,24 +44,6 @@ CONVENTION = (
     'their quartiles.'
 )
 Row = dict[str, Any]
-
-
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare what :func:`run` reads."""
-    command.add_argument('-opt', nargs='+', action='extend', default=[], help='option YAML files, for their network_g')
-    command.add_argument('--code', nargs='+', default=[], help="others, each 'NAME=FILE.py:Class(word=value)'")
-    command.add_argument('--size', nargs='+', default=[], help=f"CEAIR's named sizes: {', '.join(SIZES)}")
-    command.add_argument('--without-cea', action='store_true', help='each network also without its CEA layers')
-    command.add_argument('--pixels', nargs='+', type=int, default=[256], help='heights of square images (256)')
-    command.add_argument('--train', action='store_true', help='forward and backward instead of inference')
-    command.add_argument('--layers', choices=('type', 'stage'), help='also where time and MACs go, by type or by stage')
-    command.add_argument('--layer', action='store_true', help='one adapted projection, its parts, and its block')
-    for name, default in (('dim', 96), ('rank', 8), ('heads', 4)):
-        command.add_argument(f'--{name}', type=int, default=default, help=f'of the layer with --layer ({default})')
-    command.add_argument('--device', default='auto', help='auto (default), cpu, cuda, cuda:1, mps')
-    command.add_argument('--precision', choices=PRECISIONS, default='fp32', help='bf16 and fp16: under autocast')
-    command.add_argument('--repeats', type=int, default=11, help='runs that count, after one that does not (11)')
-    command.add_argument('--output', help='also write the figures to this JSON file')
 
 
 def run(args: argparse.Namespace) -> None:
@@ -231,7 +213,7 @@ def _networks(args: argparse.Namespace) -> dict[str, nn.Module]:
         if size not in SIZES:
             raise UserError(f'--size: CEAIR comes in {", ".join(SIZES)}, not {size!r}; image sizes go to --pixels.')
         nets[f'CEA-IR-{size}'] = CEAIR(size=size)
-    if args.opt and not HAS_BASICSR:
+    if args.opt and not has_basicsr():
         raise UserError(f'-opt: {REMEDY} Without it there is --size.')
     for path in args.opt:
         nets[Path(path).stem] = importlib.import_module('cea_arch.training.options').read_network(path)

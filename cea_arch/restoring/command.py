@@ -14,14 +14,11 @@ from tqdm import tqdm
 
 from cea_arch.errors import UserError
 from cea_arch.files import refuse_to_replace
-from cea_arch.networks.from_file import MODEL_HELP, PACKAGED_WEIGHTS
 from cea_arch.restoring.maps import RoutingMaps, draw_maps
 from cea_arch.restoring.pictures import SUFFIXES, Picture, as_rgb8, read_picture, write_picture
 from cea_arch.restoring.restorer import Restorer, enlarged, restore
 from cea_arch.restoring.tiling import keep_freed_memory
 from cea_arch.restoring.video import ENCODERS, restore_clip
-
-LAST_LAYER = 'last'
 
 
 @dataclass(frozen=True)
@@ -30,39 +27,6 @@ class Job:
 
     source: Path
     target: Path
-
-
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Declare what :func:`run` reads."""
-    command.add_argument(
-        'inputs',
-        nargs='+',
-        metavar='PICTURE',
-        help='files, folders or patterns such as "scans/*.png"; clips (.mp4, .mov, .mkv, .webm) by their names',
-    )
-    command.add_argument('-o', '--output', default='restored', help='folder to write to (default: restored)')
-    command.add_argument('-m', '--model', default=PACKAGED_WEIGHTS, help=MODEL_HELP)
-    command.add_argument('-r', '--recursive', action='store_true', help='also the folders below a folder')
-    command.add_argument('--overwrite', action='store_true', help='replace files that exist')
-    command.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1, mps (default: auto)')
-    command.add_argument('--precision', default='fp32', help='fp32, bf16 or fp16 (default: fp32)')
-    command.add_argument(
-        '--tile', default='auto', type=_tile, help='side of tiles in pixels; auto: by memory; 0: none (default: auto)'
-    )
-    command.add_argument('--overlap', default=32, type=int, help='pixels that tiles overlap on a side (default: 32)')
-    command.add_argument(
-        '--conditioning',
-        default='whole',
-        help='whole: tiles share the statistics of the whole image; tile: faster, each has its own (default: whole)',
-    )
-    command.add_argument('--compare', action='store_true', help='also write NAME_compare.png, input and output')
-    command.add_argument(
-        '--maps',
-        nargs='?',
-        const=LAST_LAYER,
-        metavar='LAYER',
-        help='also write NAME_maps.png, where each component of a CEA layer acts (default: of the last layer)',
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
             lambda tile, total: bar.set_postfix_str(f'tile {tile} of {total}') if total > 1 else None,
         )
         if args.maps:
-            restorer.maps = RoutingMaps(restorer.net, None if args.maps == LAST_LAYER else args.maps)
+            restorer.maps = RoutingMaps(restorer.net, None if args.maps == 'last' else args.maps)
         for job in jobs:
             bar.set_description(job.source.name)
             try:
@@ -158,10 +122,6 @@ def _restore_clip(job: Job, restorer: Restorer, overwrite: bool, compare: bool, 
     restore_clip(
         job.source, job.target, restorer, lambda done, total: bar.set_postfix_str(f'frame {done} of {total or "?"}')
     )
-
-
-def _tile(text: str) -> int | str:
-    return text if text == 'auto' else int(text)
 
 
 @contextmanager

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from cea_arch.errors import UserError
+from cea_arch.files import PACKAGED_WEIGHTS
 from cea_arch.layers.whole_image import WholeImage
-from cea_arch.networks.from_file import PACKAGED_WEIGHTS, load_network
+from cea_arch.networks.from_file import load_network
 from cea_arch.restoring.fitting import Fit, find_fit
 from cea_arch.restoring.maps import RoutingMaps
 from cea_arch.restoring.tiling import (

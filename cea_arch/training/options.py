@@ -1,10 +1,7 @@
 """Option files: read safely, filled with defaults, and checked before anything is built or written."""
 
-import functools
-import importlib
 import os
 import re
-import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -331,19 +328,3 @@ def _check_schedule(train: dict[str, Any]) -> None:
         raise UserError(f'train.scheduler.periods {scheduler["periods"]} end before total_iter, {train["total_iter"]}.')
     if scheduler.get('eta_min', 0) > lr:
         raise UserError(f'train.scheduler.eta_min must be at most optim_g.lr, {lr}; got {scheduler["eta_min"]}.')
-
-
-def extend_parser() -> None:
-    """Have BasicSR's parser of options complete ours, so that its own ``train_pipeline`` runs our option files."""
-    module = importlib.import_module('basicsr.utils.options')
-    parse_options = module.parse_options
-
-    @functools.wraps(parse_options)
-    def parse(*args: Any, **options: Any) -> tuple[dict[str, Any], Any]:
-        opt, given = parse_options(*args, **options)
-        return complete(opt), given
-
-    module.parse_options = parse
-    for name in ('basicsr.train', 'basicsr.test'):  # they have it under a name of their own
-        if name in sys.modules:
-            sys.modules[name].parse_options = parse

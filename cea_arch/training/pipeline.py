@@ -32,10 +32,10 @@ from torch.utils.data import DataLoader, Dataset
 
 import cea_arch
 from cea_arch import distributed
-from cea_arch.data.replay import ReplayDataset, ReplaySampler, start_worker
 from cea_arch.errors import UserError
 from cea_arch.files import locked, remove_leftovers
 from cea_arch.models.cea_model import CEAModel
+from cea_arch.models.replay import ReplayDataset, ReplaySampler, start_worker
 from cea_arch.models.training_step import TrainingStopped
 from cea_arch.restoring.tiling import keep_freed_memory
 from cea_arch.training.curves import ProgressLogger, open_tensorboard, start_wandb, write_curves

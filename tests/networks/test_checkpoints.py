@@ -7,7 +7,7 @@ import torch
 
 from cea_arch.checkpoints import read_checkpoint, write_checkpoint
 from cea_arch.cli import main
-from cea_arch.compat import HAS_BASICSR
+from cea_arch.compat import has_basicsr
 from cea_arch.errors import UserError
 from cea_arch.layers import CEALayer
 from cea_arch.networks.cea_ir import CEAIR, SIZES
@@ -15,7 +15,7 @@ from cea_arch.networks.from_file import build_network, load_network, network_opt
 from tests.networks.test_cea_ir import TINY, lively
 
 OPTIONS = {'type': 'CEAIR', **TINY}
-needs_basicsr = pytest.mark.skipif(not HAS_BASICSR, reason='basicsr does not build on this Python')
+needs_basicsr = pytest.mark.skipif(not has_basicsr(), reason='basicsr does not build on this Python')
 
 
 @pytest.fixture(scope='module')
@@ -186,18 +186,18 @@ def test_a_frozen_runs_layers_are_told_from_a_whole_network(tmp_path, capsys):
 
 
 def test_without_basicsr_other_networks_are_refused(monkeypatch):
-    monkeypatch.setattr('cea_arch.networks.from_file.HAS_BASICSR', False)
+    monkeypatch.setattr('cea_arch.networks.from_file.has_basicsr', lambda: False)
     with pytest.raises(UserError, match="network 'EDSR' needs basicsr"):
         build_network({'type': 'EDSR'})
 
 
 def test_the_doctor(capsys, monkeypatch):
-    assert main(['doctor']) == (0 if HAS_BASICSR else 1)
+    assert main(['doctor']) == (0 if has_basicsr() else 1)
     said = capsys.readouterr().out
     assert f'torch {torch.__version__.split("+")[0]}' in said
     assert 'device cpu' in said
-    assert ('All is well.' if HAS_BASICSR else 'NOT RIGHT: basicsr is not installed: `pip install') in said
-    monkeypatch.setattr('cea_arch.doctor.HAS_BASICSR', True)
+    assert ('All is well.' if has_basicsr() else 'NOT RIGHT: basicsr is not installed: `pip install') in said
+    monkeypatch.setattr('cea_arch.doctor.has_basicsr', lambda: True)
     monkeypatch.setattr('cea_arch.doctor._version', lambda name: '1.2.0+forked')
     monkeypatch.setitem(__import__('sys').modules, 'basicsr', pytest)
     assert main(['doctor']) == 1

@@ -16,7 +16,7 @@ from cea_arch.checkpoints import read_checkpoint
 from cea_arch.cli import main
 from cea_arch.data.degradations import gaussian_noise, quantize, synthesize
 from cea_arch.errors import UserError
-from cea_arch.networks.from_file import PACKAGED_WEIGHTS
+from cea_arch.files import PACKAGED_WEIGHTS
 from cea_arch.restoring.pictures import Picture, read_picture, write_picture
 
 pytestmark = pytest.mark.usefixtures('one_thread')

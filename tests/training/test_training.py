@@ -16,10 +16,10 @@ import torch
 import yaml
 
 from cea_arch.cli import main
+from cea_arch.files import PACKAGED_WEIGHTS
 from cea_arch.layers import ConvBlock
 from cea_arch.metrics.report import Report, SetResult, panels
 from cea_arch.networks import CEAIR
-from cea_arch.networks.from_file import PACKAGED_WEIGHTS
 from tests.conftest import ROOT
 
 

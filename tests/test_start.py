@@ -1,0 +1,136 @@
+"""What is imported when, each in an interpreter of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cea_arch.cli import build_parser
+from cea_arch.compat import has_basicsr
+from tests.conftest import ROOT
+
+HEAVY = ('torch', 'torchvision', 'basicsr', 'numpy', 'cv2', 'PIL', 'yaml', 'skimage')
+COMMANDS = ('train', 'test', 'check', 'study', 'schema', 'score', 'report', 'modules', 'merge', 'restore', 'export')
+COMMANDS += ('demo', 'profile', 'doctor', 'info')
+SAID = '\nprint("imported:", *sorted({name.partition(".")[0] for name in sys.modules}))'
+
+
+def imported(code, **options):
+    """Top-level modules that are there after ``code``, and all that was said."""
+    result = subprocess.run(
+        [sys.executable, '-c', f'import sys\n{code}{SAID}'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        **options,
+    )
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.rpartition('imported: ')[2].split()), result.stdout + result.stderr
+
+
+def heavy(modules):
+    return [name for name in HEAVY if name in modules]
+
+
+def test_importing_the_package_is_light():
+    assert heavy(imported('import cea_arch')[0]) == []
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [['--help'], ['--version'], ['restor'], ['restore', '--tiles'], *([c, '--help'] for c in COMMANDS)],
+    ids=str,
+)
+def test_help_and_mistyped_arguments_need_nothing_heavy(arguments):
+    code = f'from cea_arch.cli import main\ntry:\n    main({arguments})\nexcept SystemExit:\n    pass'
+    modules, said = imported(code)
+    assert heavy(modules) == []
+    assert 'usage: cea' in said or 'cea_arch 0' in said
+
+
+def test_every_command_was_tried():
+    commands = next(action for action in build_parser()._actions if action.dest == 'command')
+    assert set(commands.choices) == set(COMMANDS)
+
+
+def test_restoring_a_picture_needs_neither_basicsr_nor_torchvision(tmp_path, photographs):
+    (tmp_path / 'a.png').write_bytes(photographs['chelsea.png'])
+    arguments = ['restore', str(tmp_path / 'a.png'), '-o', str(tmp_path / 'out'), '--device', 'cpu']
+    modules, _ = imported(f'from cea_arch.cli import main\nassert main({arguments}) == 0')
+    assert (tmp_path / 'out' / 'a.png').is_file()
+    assert heavy(modules) == ['torch', 'numpy', 'cv2', 'PIL']
+
+
+# as other plugins make basicsr run with today's torchvision
+REPAIRED = """
+import types, torchvision.transforms.functional as f
+sys.modules['torchvision.transforms.functional_tensor'] = types.SimpleNamespace(rgb_to_grayscale=f.rgb_to_grayscale)
+"""
+ORDERS = {
+    'ours first': 'import cea_arch',
+    'basicsr first': REPAIRED + 'import basicsr\nimport cea_arch',
+    'a room of ours': 'import cea_arch.archs',
+    'the model': 'import cea_arch.models.cea_model',
+    'the metrics': 'import cea_arch.metrics.protocols',
+    'the loss': 'import cea_arch.losses.fft_loss',
+    'options': 'import cea_arch.training.option_rules',
+    'replay': 'import cea_arch.models.replay',
+    'WithCEA': 'from cea_arch.networks import WithCEA\nWithCEA({"type": "MSRResNet"})',
+    'the data set': 'import cea_arch.data.all_in_one_dataset',
+    'its registry': 'import cea_arch\nimport basicsr.utils.registry',
+}
+
+
+@pytest.mark.skipif(not has_basicsr(), reason='basicsr is not installed')
+@pytest.mark.parametrize('order', ORDERS)
+def test_basicsr_finds_all_of_ours_in_any_order(order):
+    imported(
+        ORDERS[order]
+        + """
+from basicsr.archs import build_network
+from basicsr.utils import registry
+from basicsr.train import parse_options
+for name, kind in (('CEAIR', 'ARCH'), ('CEABlock', 'ARCH'), ('CEALayer', 'ARCH'), ('WithCEA', 'ARCH'),
+                   ('AllInOneDataset', 'DATASET'), ('CEAFFTLoss', 'LOSS'), ('calculate_ssim_uniform', 'METRIC'),
+                   ('CEAModel', 'MODEL')):
+    assert name in getattr(registry, kind + '_REGISTRY'), name
+assert parse_options.__wrapped__
+assert build_network({'type': 'CEAIR', 'size': 'T'})
+import inspect, basicsr
+assert 'import *' in inspect.getsource(basicsr)
+"""
+    )
+
+
+@pytest.mark.skipif(not has_basicsr(), reason='basicsr is not installed')
+def test_a_spawned_worker_finds_them(tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text(
+        """
+import multiprocessing
+import cea_arch
+
+
+def build(size):
+    from basicsr.archs import build_network
+
+    return type(build_network({'type': 'CEAIR', 'size': size})).__name__
+
+
+if __name__ == '__main__':
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        print(pool.map(build, ['T']))
+"""
+    )
+    result = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.stdout == "['CEAIR']\n", result.stderr
