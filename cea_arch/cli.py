@@ -131,23 +131,39 @@ def _add_restore(commands: argparse._SubParsersAction) -> None:
     command = _add(commands, 'restore', text, _later('cea_arch.restoring.command'))
     command.add_argument(
         'inputs',
-        nargs='+',
+        nargs='*',
         metavar='PICTURE',
         help='files, folders or patterns such as "scans/*.png"; clips (.mp4, .mov, .mkv, .webm) by their names',
     )
+    command.add_argument('-i', '--input', nargs='+', action='extend', default=[], metavar='PICTURE', help='the same')
     command.add_argument('-o', '--output', default='restored', help='folder to write to (default: restored)')
     _add_model(command)
     command.add_argument('-r', '--recursive', action='store_true', help='also the folders below a folder')
+    command.add_argument('--suffix', default='', help='put at the end of names: --suffix _restored')
+    command.add_argument(
+        '--ext',
+        default='auto',
+        choices=('auto', 'png', 'jpg', 'webp', 'tif', 'bmp'),
+        help='format of the results; auto: that of each picture (default)',
+    )
     command.add_argument('--overwrite', action='store_true', help='replace files that exist')
-    command.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1, mps (default: auto)')
+    device = command.add_mutually_exclusive_group()
+    device.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1, mps (default: auto)')
+    device.add_argument('-g', '--gpu-id', type=int, metavar='N', help='the same as --device cuda:N')
     command.add_argument('--precision', default='fp32', help='fp32, bf16 or fp16 (default: fp32)')
     command.add_argument(
+        '-t',
         '--tile',
         default='auto',
         type=lambda text: text if text == 'auto' else int(text),
         help='side of tiles in pixels; auto: by memory; 0: none (default: auto)',
     )
-    command.add_argument('--overlap', default=32, type=int, help='pixels that tiles overlap on a side (default: 32)')
+    command.add_argument(
+        '--overlap',
+        default=32,
+        type=int,
+        help='pixels by which tiles reach over their own on each side, as --tile_pad elsewhere (default: 32)',
+    )
     command.add_argument(
         '--conditioning',
         default='whole',

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from cea_arch.errors import UserError
 from cea_arch.files import refuse_to_replace
 from cea_arch.restoring.maps import RoutingMaps, draw_maps
-from cea_arch.restoring.pictures import SUFFIXES, Picture, as_rgb8, read_picture, write_picture
+from cea_arch.restoring.pictures import FORMAT_OF, SUFFIXES, Picture, as_format, as_rgb8, read_picture, write_picture
 from cea_arch.restoring.restorer import Restorer, enlarged, restore
 from cea_arch.restoring.tiling import keep_freed_memory
 from cea_arch.restoring.video import ENCODERS, restore_clip
@@ -23,22 +23,40 @@ from cea_arch.restoring.video import ENCODERS, restore_clip
 
 @dataclass(frozen=True)
 class Job:
-    """One picture: where it is, and its path below the output folder."""
+    """One picture: where it is, its path below the output folder, and the format to write if it is another one."""
 
     source: Path
     target: Path
+    format: str | None = None
+
+
+@dataclass(frozen=True)
+class Naming:
+    """What is put at the end of names, and the extension of pictures, ``auto`` for their own."""
+
+    suffix: str = ''
+    ext: str = 'auto'
+
+    def job(self, source: Path, target: Path) -> Job:
+        """The job of a file that would be written to ``target`` under its own name; clips keep their extension."""
+        keep = self.ext == 'auto' or target.suffix.lower() in ENCODERS
+        ext = target.suffix if keep else f'.{self.ext}'
+        return Job(source, target.with_name(f'{target.stem}{self.suffix}{ext}'), None if keep else FORMAT_OF[ext])
 
 
 def run(args: argparse.Namespace) -> int:
     """Restore all pictures; returns 1 if one could not be, after all others are done."""
     keep_freed_memory()
     output = Path(args.output)
-    jobs, failures = find_jobs(args.inputs, output, args.recursive)
+    inputs = args.inputs + args.input
+    if not inputs:
+        raise UserError('name pictures, folders of them, or patterns.')
+    jobs, failures = find_jobs(inputs, output, args.recursive, Naming(args.suffix, args.ext))
     done = 0
     with _warnings_as_lines(), tqdm(total=len(jobs), unit='picture', disable=None) as bar:
         restorer = Restorer(
             args.model,
-            args.device,
+            args.device if args.gpu_id is None else f'cuda:{args.gpu_id}',
             args.precision,
             args.tile,
             args.overlap,
@@ -64,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def find_jobs(inputs: list[str], output: Path, recursive: bool) -> tuple[list[Job], list[str]]:
+def find_jobs(
+    inputs: list[str], output: Path, recursive: bool, naming: Naming = Naming()
+) -> tuple[list[Job], list[str]]:
     """What to restore, and for each input that gives nothing, why."""
     jobs: dict[Path, Job] = {}
     failures = []
@@ -80,7 +100,7 @@ def find_jobs(inputs: list[str], output: Path, recursive: bool) -> tuple[list[Jo
                     f'{path} holds no pictures{"" if recursive else "; -r looks into the folders below it"}.'
                 )
             for source, relative in pictures:
-                job = Job(source, output / relative)
+                job = naming.job(source, output / relative)
                 other = jobs.setdefault(job.target, job)
                 if other.source != source:
                     failures.append(f'{source}: {other.source} is written to {job.target} already.')
@@ -107,7 +127,8 @@ def restore_file(job: Job, restorer: Restorer, overwrite: bool, compare: bool) -
         refuse_to_replace(target, overwrite)
     picture = read_picture(job.source)
     restored = restore(picture.pixels, restorer)
-    write_picture(job.target, replace(picture, pixels=restored), overwrite)
+    result = replace(picture, pixels=restored)
+    write_picture(job.target, as_format(result, job.format) if job.format else result, overwrite)
     if compare:
         pair = np.concatenate([enlarged(as_rgb8(picture.pixels), restorer.fit.scale), as_rgb8(restored)], axis=1)
         write_picture(extras[0], Picture(pair, 'PNG', picture.icc), overwrite)

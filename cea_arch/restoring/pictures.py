@@ -4,7 +4,7 @@ import io
 import struct
 import warnings
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,16 @@ from cea_arch.errors import UserError
 from cea_arch.files import refuse_to_replace, written_beside
 
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'TIFF', 'BMP')
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.tif', '.tiff', '.bmp')
+FORMAT_OF = {
+    '.png': 'PNG',
+    '.jpg': 'JPEG',
+    '.jpeg': 'JPEG',
+    '.webp': 'WEBP',
+    '.tif': 'TIFF',
+    '.tiff': 'TIFF',
+    '.bmp': 'BMP',
+}
+SUFFIXES = tuple(FORMAT_OF)
 ORIENTATION = 0x0112
 # description, make, model, software, date and time, artist, copyright
 DESCRIPTIVE_TAGS = (270, 271, 272, 305, 306, 315, 33432)
@@ -83,6 +92,20 @@ def write_picture(path: Path, picture: Picture, overwrite: bool = False) -> None
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_beside(path) as aside:
         aside.write_bytes(data)
+
+
+def as_format(picture: Picture, format: str) -> Picture:
+    """A picture in another of ``FORMATS``: 8 bit where it has no more.
+
+    Raises:
+        UserError: The picture has alpha, and the format has none.
+    """
+    pixels = picture.pixels
+    if format in ('JPEG', 'BMP') and pixels.ndim == 3 and pixels.shape[2] in (2, 4):
+        raise UserError(f'it has transparency, which {format} cannot hold; PNG, WebP and TIFF can.')
+    if format not in ('PNG', 'TIFF') and pixels.dtype == np.uint16:
+        pixels = np.round(pixels / 257).astype(np.uint8)
+    return replace(picture, pixels=pixels, format=format)
 
 
 def as_rgb8(pixels: np.ndarray) -> np.ndarray:

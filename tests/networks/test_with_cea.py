@@ -207,8 +207,8 @@ def test_what_cannot_be_merged_is_named(tmp_path):
     assert not list(tmp_path.glob('out*'))
 
 
-def test_the_readme_tells_the_presets_and_its_option_file_builds():
-    text = (ROOT / 'README.md').read_text('utf-8').partition('## CEA layers inside your own network')[2]
+def test_the_docs_tell_the_presets_and_their_option_file_builds():
+    text = (ROOT / 'docs' / 'mixing.md').read_text('utf-8')
     rows = [line.split('|')[1:3] for line in text.partition('\n## ')[0].splitlines() if line.startswith('| ')]
     told = {
         kind.strip(): targets.split('`')[1] for kinds, targets in rows if '`' in targets for kind in kinds.split(',')

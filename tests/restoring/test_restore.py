@@ -297,3 +297,48 @@ def test_the_weights_of_the_package_are_small_and_have_a_card():
     assert content['network_g'] == {'type': 'CEAIR', 'size': 'T'}
     assert {value.dtype for value in content['params'].values()} == {torch.float16}
     assert 'options/cea_photos.yml' in (PACKAGED_WEIGHTS.parent / 'README.md').read_text('utf-8')
+
+
+@pytest.mark.parametrize('ext', ['png', 'jpg', 'webp', 'tif', 'bmp'])
+@pytest.mark.parametrize('dtype', ['u1', 'u2'])
+def test_results_in_another_format_have_the_same_pixels(small_net, model, tmp_path, ext, dtype):
+    pixels = textured(40, 56, 3, np.dtype(dtype))
+    source = tmp_path / 'a.TIFF'
+    tifffile.imwrite(source, pixels, photometric='rgb')
+    words = ['-i', source, '-o', tmp_path, '--suffix', '_restored', '--ext', ext, '-t', '0', '--device', 'cpu']
+    assert run(model, *words) == 0
+    found = read_picture(tmp_path / f'a_restored.{ext}')
+    wide = dtype == 'u2' and ext in ('png', 'tif')
+    assert found.pixels.dtype == (np.uint16 if wide else np.uint8)
+    want = expected(small_net, pixels) if wide or dtype == 'u1' else np.round(expected(small_net, pixels) / 257)
+    error = np.abs(found.pixels - want)
+    assert error.max() <= 1 if ext in ('png', 'tif', 'bmp') else error.mean() < 2
+    assert Image.open(tmp_path / f'a_restored.{ext}').format == {'jpg': 'JPEG', 'tif': 'TIFF'}.get(ext, ext.upper())
+
+
+@pytest.mark.parametrize('ext', ['jpg', 'bmp'])
+def test_alpha_is_not_dropped_for_a_format_without_it(model, tmp_path, ext, capsys):
+    Image.fromarray(textured(16, 16, 4)).save(tmp_path / 'a.png')
+    assert run(model, tmp_path / 'a.png', '-o', tmp_path / 'out', '--ext', ext, '--device', 'cpu') == 1
+    said = capsys.readouterr().err
+    assert f'a.png: it has transparency, which {"JPEG" if ext == "jpg" else "BMP"} cannot hold' in said
+    assert not (tmp_path / 'out').exists()
+
+
+def test_two_pictures_that_would_become_one_are_named(model, tmp_path, capsys):
+    for name in ('a.png', 'a.bmp'):
+        Image.fromarray(textured(16, 16)).save(tmp_path / name)
+    assert run(model, '-i', tmp_path / 'a.png', tmp_path / 'a.bmp', '-o', tmp_path / 'out', '--ext', 'png') == 1
+    assert 'is written to' in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['a.png']
+
+
+def test_no_picture_at_all_is_a_mistake(model, capsys):
+    assert run(model) == 2
+    assert 'name pictures, folders of them, or patterns' in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there_is_named(model, tmp_path, capsys):
+    Image.fromarray(textured(16, 16)).save(tmp_path / 'a.png')
+    assert run(model, tmp_path / 'a.png', '-o', tmp_path / 'out', '-g', 7) == 2
+    assert 'cuda:7' in capsys.readouterr().err
