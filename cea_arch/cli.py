@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable
 
@@ -270,10 +271,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f'cea {args.command}: {REMEDY}', file=sys.stderr)
         return 2
     try:
-        return args.call(args) or 0
+        code = args.call(args) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f'cea {args.command}: {error}', file=sys.stderr)
         return 2
+    except BrokenPipeError:  # as with `| head`; what is left must not be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         hint = (
             ' The same command with --auto_resume goes on from the last checkpoint.' if args.command == 'train' else ''

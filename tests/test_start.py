@@ -134,3 +134,15 @@ if __name__ == '__main__':
         check=False,
     )
     assert result.stdout == "['CEAIR']\n", result.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [
+        sys.executable,
+        '-c',
+        'import sys; from cea_arch.cli import main; sys.exit(main(["profile", "--size", "T", "--pixels", "8"]))',
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ''
+    assert process.wait(300) == 1
