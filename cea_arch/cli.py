@@ -149,7 +149,7 @@ def _add_restore(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument('--overwrite', action='store_true', help='replace files that exist')
     device = command.add_mutually_exclusive_group()
-    device.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1, mps (default: auto)')
+    _add_device(device)
     device.add_argument('-g', '--gpu-id', type=int, metavar='N', help='the same as --device cuda:N')
     command.add_argument('--precision', default='fp32', help='fp32, bf16 or fp16 (default: fp32)')
     command.add_argument(
@@ -180,6 +180,10 @@ def _add_restore(commands: argparse._SubParsersAction) -> None:
     )
 
 
+def _add_device(command: argparse._ActionsContainer) -> None:
+    command.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1, mps (default: auto)')
+
+
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         '-m',
@@ -202,7 +206,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     text = 'open a page on this machine to try a network on pictures'
     command = _add(commands, 'demo', text, _later('cea_arch.interop.demo'))
     _add_model(command)
-    command.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1, mps (default: auto)')
+    _add_device(command)
     command.add_argument('--host', default='127.0.0.1', help='address to serve on (default: 127.0.0.1, this machine)')
     command.add_argument('--port', type=int, help='port to serve on (default: the first free one from 7860)')
 
@@ -220,7 +224,7 @@ def _add_profile(commands: argparse._SubParsersAction) -> None:
     command.add_argument('--layer', action='store_true', help='one adapted projection, its parts, and its block')
     for name, default in (('dim', 96), ('rank', 8), ('heads', 4)):
         command.add_argument(f'--{name}', type=int, default=default, help=f'of the layer with --layer ({default})')
-    command.add_argument('--device', default='auto', help='auto (default), cpu, cuda, cuda:1, mps')
+    _add_device(command)
     precisions = ('fp32', 'bf16', 'fp16')
     command.add_argument('--precision', choices=precisions, default='fp32', help='bf16 and fp16: under autocast')
     command.add_argument('--repeats', type=int, default=11, help='runs that count, after one that does not (11)')

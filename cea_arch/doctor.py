@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     basicsr = importlib.import_module('basicsr') if has_basicsr() else None
     problems = list(_problems())
     if basicsr:
-        print(f'basicsr {_version("basicsr")} in {Path(sys.modules["basicsr"].__file__).parent}')
+        print(f'basicsr {_version("basicsr")} in {Path(basicsr.__file__).parent}')
         replaced = [name for name in REPLACEMENTS if _is_replaced(name)]
         print(f'replaced in memory for basicsr: {", ".join(replaced) or "nothing"}')
     for problem in problems:

@@ -19,6 +19,14 @@ class Block:
             raise ModuleNotFoundError("No module named 'basicsr'", name='basicsr')
 sys.meta_path.insert(0, Block)
 """
+# what basicsr's registries must hold
+REGISTERED = """
+from basicsr.utils import registry
+for name, kind in (('CEAIR', 'ARCH'), ('CEABlock', 'ARCH'), ('CEALayer', 'ARCH'), ('WithCEA', 'ARCH'),
+                   ('AllInOneDataset', 'DATASET'), ('CEAFFTLoss', 'LOSS'), ('calculate_ssim_uniform', 'METRIC'),
+                   ('CEAModel', 'MODEL')):
+    assert name in getattr(registry, kind + '_REGISTRY'), name
+"""
 
 
 def run(code, *flags):
@@ -38,11 +46,9 @@ except ImportError:
 import cea_arch, basicsr
 from basicsr.utils.registry import *
 from basicsr.utils import registry
-for name, kind in (('CEAIR', 'ARCH'), ('CEABlock', 'ARCH'), ('CEALayer', 'ARCH'), ('AllInOneDataset', 'DATASET'),
-                   ('CEAFFTLoss', 'LOSS'), ('calculate_ssim_uniform', 'METRIC'), ('CEAModel', 'MODEL')):
-    assert name in getattr(registry, kind + '_REGISTRY'), name
 assert basicsr.utils is not None
-""",
+"""
+        + REGISTERED,
         '-W',
         'default::DeprecationWarning',
     )

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / 'cea_arch'
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / 'cea_arch'
 GROUND = ('errors', 'files', 'rules', 'distributed', 'compat', 'checkpoints')  # modules that several rooms stand on
 FLOORS = (
     ('layers', *GROUND),
@@ -44,10 +46,3 @@ def test_a_room_imports_from_below(path):
     beside = {name for name in imported(path) - {room, *GROUND} if FLOOR[name] == FLOOR[room] and room not in GROUND}
     assert not above, f'{room} is below {above}'
     assert not beside, f'{room} is beside {beside}'
-
-
-def test_layers_know_nothing_of_basicsr():
-    for path in (PACKAGE / 'layers').glob('*.py'):
-        assert 'basicsr' not in {
-            name.partition('.')[0] for name in re.findall(r'^\s*(?:from|import) (\S+)', path.read_text(), re.M)
-        }

@@ -4,5 +4,6 @@ from cea_arch.compat import arch_registry
 from cea_arch.layers import CEABlock, CEALayer
 from cea_arch.networks import CEAIR, WithCEA
 
+registry = arch_registry()
 for known in (CEAIR, WithCEA, CEABlock, CEALayer):
-    arch_registry().register(known)
+    registry.register(known)

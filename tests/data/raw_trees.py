@@ -1,11 +1,8 @@
 """Trees that imitate the layouts in which people have the public sets, and what plants and reads them."""
 
-from pathlib import Path
-
 from cea_arch.data import prepare
 from cea_arch.data.image_store import decode
 
-ROOT = Path(__file__).resolve().parents[2]
 SEQUENCE = 'GOPR0372_07_00'
 
 

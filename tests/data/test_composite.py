@@ -1,5 +1,4 @@
 import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -9,8 +8,9 @@ from cea_arch.data.benchmarks import CDD11_CLASSES
 from cea_arch.data.composite import Inputs, composite, degrade, write_composites
 from cea_arch.data.image_store import ImageStore
 from cea_arch.errors import UserError
+from tests.conftest import ROOT
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'datasets_prep'))
+sys.path.insert(0, str(ROOT / 'datasets_prep'))
 import synthesize_composite
 
 

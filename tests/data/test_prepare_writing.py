@@ -21,7 +21,8 @@ from cea_arch.data.image_store import ImageStore, decode, open_lmdb
 from cea_arch.data.pairing import pair_keys
 from cea_arch.data.read_speed import main as read_speed_main
 from cea_arch.errors import UserError
-from tests.data.raw_trees import RAW, ROOT, SEQUENCE, plant_tree, read, run
+from tests.conftest import ROOT
+from tests.data.raw_trees import RAW, SEQUENCE, plant_tree, read, run
 
 
 def test_lmdbs_hold_the_files_pair_exactly_and_store_each_ground_truth_once(plant, tmp_path, small_benchmarks):
