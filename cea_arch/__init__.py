@@ -17,9 +17,7 @@ __all__ = ['Restorer', 'restore']
 
 def _register() -> None:
     """Put networks, data set, loss, metrics and model into BasicSR's registries, and complete its option files."""
-    from cea_arch import archs, losses, metrics, models  # noqa: F401
-    from cea_arch.data import all_in_one_dataset  # noqa: F401
-
+    importlib.import_module('cea_arch.archs')
     _extend_parser()
 
 

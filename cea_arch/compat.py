@@ -8,11 +8,13 @@ import importlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+_ABSENT = object()
 REMEDY = (
     'basicsr is not installed: `pip install --no-build-isolation basicsr==1.4.2` installs it on Python 3.10 to 3.12 '
     '(its source does not build on 3.13 and later). CEA layers and networks work without it.'
@@ -120,8 +122,24 @@ def has_basicsr() -> bool:
         return False
 
 
-def arch_registry() -> Any:
-    """BasicSR's ARCH_REGISTRY, with all of ours in it; ImportError with the remedy where basicsr is absent."""
+def registry(kind: str) -> Any:
+    """BasicSR's registry of ``kind``, such as ARCH, with all of ours in it; ImportError where basicsr is absent."""
     if not has_basicsr():
         raise ImportError(REMEDY)
-    return importlib.import_module('basicsr.utils.registry').ARCH_REGISTRY
+    return getattr(importlib.import_module('basicsr.utils.registry'), f'{kind}_REGISTRY')
+
+
+@contextmanager
+def replaced(changes: list[tuple[ModuleType, str, Any]]) -> Iterator[None]:
+    """Let names of modules stand for other things until the end of the block."""
+    old = [(module, name, getattr(module, name, _ABSENT)) for module, name, _ in changes]
+    try:
+        for module, name, value in changes:
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, name, value in old:
+            if value is _ABSENT:
+                delattr(module, name)
+            else:
+                setattr(module, name, value)

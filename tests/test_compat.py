@@ -106,12 +106,12 @@ def test_layers_and_networks_run_without_basicsr():
 import torch
 from cea_arch.networks import CEAIR
 from cea_arch.networks.with_cea import WithCEA
-from cea_arch.compat import arch_registry
+from cea_arch.compat import registry
 from cea_arch.layers import CEALayer
 assert CEAIR(size='T')(torch.rand(1, 3, 9, 9)).shape == (1, 3, 9, 9)
 assert CEALayer(4)(*torch.rand(2, 1, 4, 2, 2)).shape == (1, 4, 2, 2)
 assert not any(name.startswith('basicsr') for name in sys.modules)
-for look_up in (arch_registry, lambda: WithCEA({'type': 'SwinIR'})):
+for look_up in (lambda: registry('ARCH'), lambda: WithCEA({'type': 'SwinIR'})):
     try:
         look_up()
     except ImportError as error:

@@ -13,9 +13,10 @@ GROUND = ('errors', 'files', 'rules', 'distributed', 'compat', 'checkpoints')  #
 FLOORS = (
     ('layers', *GROUND),
     ('networks',),
-    ('archs', 'data', 'losses'),
+    ('data', 'losses'),
     ('metrics', 'restoring'),
     ('models', 'interop'),
+    ('archs',),
     ('training',),
     ('profiling',),
     ('doctor',),

@@ -69,7 +69,7 @@ ORDERS = {
     'the metrics': 'import cea_arch.metrics.protocols',
     'the loss': 'import cea_arch.losses.fft_loss',
     'options': 'import cea_arch.training.option_rules',
-    'replay': 'import cea_arch.models.replay',
+    'loaders': 'import cea_arch.training.loaders',
     'WithCEA': 'from cea_arch.networks import WithCEA\nWithCEA({"type": "MSRResNet"})',
     'the data set': 'import cea_arch.data.all_in_one_dataset',
     'its registry': 'import cea_arch\nimport basicsr.utils.registry',

@@ -1,4 +1,4 @@
-"""Networks and layers in BasicSR's ARCH_REGISTRY: importing a ``*_arch.py`` registers what it holds."""
+"""Our entries in BasicSR's registries: importing it makes them."""
 
 from cea_arch.archs import cea_arch
 

@@ -1,6 +1,7 @@
 """One dataset of several sources, each with its own degradation and share: what all-in-one training draws from."""
 
 import bisect
+import importlib
 import itertools
 import math
 import zlib
@@ -8,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from basicsr.utils.matlab_functions import imresize
-from basicsr.utils.registry import DATASET_REGISTRY
 from torch.utils.data import Dataset
 
 from cea_arch.data.degradations import ORDER, defocus, gaussian_noise, jpeg, quantize, synthesize
@@ -80,7 +79,8 @@ class Source:
         """Degrade a clean image, uint8 or uint16 ``(H, W, 3)``; the result is uint8."""
         clean = gt / float(np.iinfo(gt.dtype).max)
         if self.degradation == 'downscale':
-            return quantize(imresize(clean, 1 / self.scale))
+            matlab = importlib.import_module('basicsr.utils.matlab_functions')  # BasicSR is not needed for the others
+            return quantize(matlab.imresize(clean, 1 / self.scale))
         if self.strengths:
             strength = float(rng.choice(self.strengths))
             if self.degradation == 'gaussian_noise':
@@ -124,7 +124,6 @@ class Source:
             self.vary = opt.get('vary', True)
 
 
-@DATASET_REGISTRY.register()
 class AllInOneDataset(Dataset):
     """Pairs of degraded and clean images from one or several sources.
 

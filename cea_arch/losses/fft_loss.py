@@ -3,11 +3,9 @@
 from typing import Literal
 
 import torch
-from basicsr.utils.registry import LOSS_REGISTRY
 from torch import Tensor, nn
 
 
-@LOSS_REGISTRY.register()
 class CEAFFTLoss(nn.Module):
     """Mean absolute difference of two spectra: of their amplitudes (eq. 11 of arXiv 2605.06127), or of both parts.
 

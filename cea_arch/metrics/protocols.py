@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from basicsr.utils.registry import METRIC_REGISTRY
 
+from cea_arch.compat import registry
 from cea_arch.errors import UserError, suggest
 from cea_arch.metrics.psnr_ssim_metric import uint8_bgr
 
@@ -74,7 +74,7 @@ def score(images: dict[str, np.ndarray], metrics: dict[str, dict[str, Any]]) -> 
     scores = {}
     for name, options in metrics.items():
         options = {key: value for key, value in options.items() if key != 'better'}
-        metric = METRIC_REGISTRY.get(options.pop('type'))
+        metric = registry('METRIC').get(options.pop('type'))
         float_rgb = getattr(metric, 'float_rgb', False)
         converted = {key: img if float_rgb else uint8_bgr(img) for key, img in images.items()}
         if 'degraded' in images and images['degraded'].shape == images['clean'].shape:

@@ -7,17 +7,15 @@ The functions take images ``(H, W, 3)``, RGB, in [0, 1], clipped. By their attri
 from collections.abc import Callable
 
 import numpy as np
-from basicsr.utils.registry import METRIC_REGISTRY
 from skimage.metrics import structural_similarity
 
 
-def _register(metric: Callable[..., float]) -> Callable[..., float]:
+def _of_float_rgb(metric: Callable[..., float]) -> Callable[..., float]:
     metric.float_rgb = True
-    METRIC_REGISTRY.register(metric)
     return metric
 
 
-@_register
+@_of_float_rgb
 def calculate_psnr_float(img: np.ndarray, img2: np.ndarray, eight_bit: bool = False) -> float:
     """Peak signal-to-noise ratio in dB, over all pixels and channels; infinite for equal images.
 
@@ -28,13 +26,13 @@ def calculate_psnr_float(img: np.ndarray, img2: np.ndarray, eight_bit: bool = Fa
     return float(-10 * np.log10(mse)) if mse else float('inf')
 
 
-@_register
+@_of_float_rgb
 def calculate_ssim_uniform(img: np.ndarray, img2: np.ndarray, eight_bit: bool = False) -> float:
     """SSIM with a uniform 7 x 7 window and sample covariance (AirNet, PromptIR, AdaIR, DFPIR, OneRestore)."""
     return _ssim(img, img2, 7, eight_bit)
 
 
-@_register
+@_of_float_rgb
 def calculate_ssim_gaussian(img: np.ndarray, img2: np.ndarray, eight_bit: bool = False) -> float:
     """SSIM with an 11 x 11 Gaussian window, sigma 1.5, and sample covariance (MoCE-IR)."""
     return _ssim(img, img2, 11, eight_bit, gaussian_weights=True)

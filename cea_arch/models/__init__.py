@@ -1,7 +1,3 @@
-"""Models in BasicSR's MODEL_REGISTRY: importing a ``*_model.py`` registers what it holds."""
+"""CEAModel, which BasicSR's pipelines train and validate."""
 
 import basicsr  # noqa: F401  first: once it is imported, it has all of ours registered
-
-from cea_arch.models import cea_model
-
-__all__ = ['cea_model']

@@ -9,22 +9,20 @@ import torch
 from basicsr.losses import build_loss
 from basicsr.utils import get_root_logger
 from basicsr.utils.dist_util import master_only
-from basicsr.utils.registry import MODEL_REGISTRY
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cea_arch import distributed
 from cea_arch.checkpoints import read_checkpoint, weights_of, write_checkpoint
+from cea_arch.data.replay import seed_all
 from cea_arch.errors import UserError
 from cea_arch.metrics.protocols import PROTOCOLS
 from cea_arch.metrics.report import Report
-from cea_arch.models.replay import seed_all
 from cea_arch.models.training_step import TrainingStep, checkpoint_activations, memory_format, optimizer_class
 from cea_arch.models.validation import ValidatedModel
 from cea_arch.networks.with_cea import WithCEA
 
 
-@MODEL_REGISTRY.register()
 class CEAModel(ValidatedModel):
     """Train and validate a restoration network.
 

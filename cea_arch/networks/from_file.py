@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from cea_arch.checkpoints import check_fit, holds_layers_alone, read_checkpoint, weights_of
-from cea_arch.compat import arch_registry, has_basicsr
+from cea_arch.compat import has_basicsr, registry
 from cea_arch.errors import UserError, lookup
 from cea_arch.networks.cea_ir import CEAIR, SIZES, named_size
 
@@ -26,7 +26,7 @@ def build_network(options: Mapping[str, Any]) -> nn.Module:
     elif not has_basicsr():
         raise UserError(f'network {kind!r} needs basicsr, which is not installed; without it there is CEAIR.')
     else:
-        network = lookup(arch_registry(), kind, 'network')
+        network = lookup(registry('ARCH'), kind, 'network')
     try:
         return network(**options)
     except (TypeError, ValueError) as error:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cea_arch.checkpoints import check_fit, read_checkpoint, weights_of
-from cea_arch.compat import arch_registry
+from cea_arch.compat import registry
 from cea_arch.errors import UserError, lookup
 from cea_arch.layers import cea_parameters, cea_state_dict, inject_cea
 
@@ -61,7 +61,7 @@ class WithCEA(nn.Module):
             raise UserError(f'base must be the options of a network, such as {{type: SwinIR}}, got {base!r}.')
         options = dict(base)
         kind = options.pop('type', None)
-        self.base = lookup(arch_registry(), kind, 'base.type')(**options)
+        self.base = lookup(registry('ARCH'), kind, 'base.type')(**options)
         if pretrained_base:
             weights = weights_of(read_checkpoint(pretrained_base), pretrained_base)
             check_fit(self.base.state_dict(), weights, f'{pretrained_base} does not fit {kind}')

@@ -20,7 +20,8 @@ from cea_arch.checkpoints import check_fit, holds_layers_alone, read_checkpoint,
 from cea_arch.metrics.protocols import PROTOCOLS
 from cea_arch.networks.with_cea import WithCEA
 from cea_arch.training.options import Parts, check_options, read_options
-from cea_arch.training.pipeline import parsed_options, training_loader
+from cea_arch.training.loaders import training_loader
+from cea_arch.training.pipeline import parsed_options
 
 try:
     import resource

@@ -6,7 +6,6 @@ duration of one call and put back; no file of basicsr is touched.
 
 import importlib
 import logging
-import math
 import os
 import pickle
 import platform
@@ -28,20 +27,18 @@ import basicsr
 import torch
 from basicsr.utils import check_resume
 from basicsr.utils.dist_util import master_only
-from torch.utils.data import DataLoader, Dataset
 
 import cea_arch
 from cea_arch import distributed
+from cea_arch.compat import replaced
 from cea_arch.errors import UserError
 from cea_arch.files import locked, remove_leftovers
 from cea_arch.models.cea_model import CEAModel
-from cea_arch.models.replay import ReplayDataset, ReplaySampler, start_worker
 from cea_arch.models.training_step import TrainingStopped
 from cea_arch.restoring.tiling import keep_freed_memory
 from cea_arch.training.curves import ProgressLogger, open_tensorboard, start_wandb, write_curves
+from cea_arch.training.loaders import ReplaySampler, exact_loaders
 from cea_arch.training.options import check_options, read_options, write_options
-
-_ABSENT = object()
 
 
 def run(args: Namespace) -> int:
@@ -87,14 +84,14 @@ def _run_here(args: Namespace, opt: dict[str, Any]) -> None:
         changes += [
             (module, 'load_resume_state', lambda opt: resumed.setdefault('state', _agreed_state(opt))),
             (module, 'EnlargedSampler', ReplaySampler),
-            (module, 'create_train_val_dataloader', _exact(module, resumed)),
+            (module, 'create_train_val_dataloader', exact_loaders(module, resumed)),
             (module, 'init_tb_logger', lambda log_dir: open_tensorboard(log_dir, resumed['state'])),
             (module, 'init_wandb_logger', start_wandb),
             (module, 'MessageLogger', ProgressLogger),
         ]
     keep_freed_memory()
     stops = args.command == 'train' and opt['model_type'] == 'CEAModel' and current_thread() is main_thread()
-    with held, _replaced(changes), _own_log(), _stopping_on_signals() if stops else nullcontext():
+    with held, replaced(changes), _own_log(), _stopping_on_signals() if stops else nullcontext():
         try:
             getattr(module, f'{args.command}_pipeline')(str(Path(args.root).absolute()))
         except Exception as error:
@@ -153,17 +150,9 @@ def _start(launcher: str, opt: dict[str, Any]) -> None:
 def parsed_options(args: Namespace, opt: dict[str, Any], is_train: bool) -> dict[str, Any]:
     """What BasicSR's parser makes of options, for one process: phases, paths, devices."""
     parse_options = importlib.import_module('basicsr.utils.options').parse_options
-    with _replaced(_parsing(args, opt)):
+    with replaced(_parsing(args, opt)):
         parsed = parse_options(str(Path(args.root).absolute()), is_train)[0]
     return _choose_device(parsed, opt)
-
-
-def training_loader(opt: dict[str, Any]) -> DataLoader:
-    """The loader of a training, as a run has it."""
-    module = importlib.import_module('basicsr.train')
-    alone = opt | {'datasets': {'train': opt['datasets']['train']}}
-    with _replaced([(module, 'EnlargedSampler', ReplaySampler)]):
-        return _exact(module, {})(alone, logging.getLogger('basicsr'))[0]
 
 
 def _parsing(args: Namespace, opt: dict[str, Any]) -> list[tuple[ModuleType, str, Any]]:
@@ -224,34 +213,6 @@ def _keeping_options(module: ModuleType, args: Namespace, opt: dict[str, Any]) -
     return [(module, 'copy_opt_file', keep)] if args.command == 'train' else [(module, 'make_exp_dirs', make_exp_dirs)]
 
 
-def _exact(module: ModuleType, resumed: dict[str, dict[str, Any] | None]) -> Callable:
-    """Loaders for a training that can be resumed exactly.
-
-    BasicSR counts iterations of an epoch rounded up, but its loader drops the last batch: training ended early.
-    """
-    create_train_val_dataloader, build_dataset = module.create_train_val_dataloader, module.build_dataset
-
-    def create(opt: dict[str, Any], logger: logging.Logger) -> tuple:
-        def build(options: dict[str, Any]) -> Dataset:
-            dataset = build_dataset(options)
-            replace = options.get('on_bad_image') == 'replace'
-            return ReplayDataset(dataset, opt['manual_seed'], replace) if options['phase'] == 'train' else dataset
-
-        with _replaced([(module, 'build_dataset', build)]):
-            loader, sampler, val_loaders, _, total_iter = create_train_val_dataloader(opt, logger)
-        loader.worker_init_fn = start_worker
-        if hasattr(loader.dataset.dataset, 'describe'):
-            logger.info('Sources of the training set:\n%s', loader.dataset.dataset.describe())
-        opt['train']['iters_per_epoch'] = len(loader)
-        state = resumed.get('state')
-        if state:
-            state['epoch'], done = divmod(state['iter'], len(loader))
-            sampler.start_at(state['epoch'], done * loader.batch_size)
-        return loader, sampler, val_loaders, math.ceil(total_iter / len(loader)), total_iter
-
-    return create
-
-
 @contextmanager
 def _stopping_on_signals() -> Iterator[None]:
     """Ctrl-C and SIGTERM have :class:`CEAModel` save and end after the current step; a second one ends it at once."""
@@ -288,21 +249,6 @@ def _stopping_on_signals() -> Iterator[None]:
 def _environment() -> str:
     versions = f'cea_arch {cea_arch.__version__}, basicsr {basicsr.__version__}, torch {torch.__version__}'
     return f'{versions}, Python {platform.python_version()}'
-
-
-@contextmanager
-def _replaced(changes: list[tuple[ModuleType, str, Any]]) -> Iterator[None]:
-    old = [(module, name, getattr(module, name, _ABSENT)) for module, name, _ in changes]
-    try:
-        for module, name, value in changes:
-            setattr(module, name, value)
-        yield
-    finally:
-        for module, name, value in old:
-            if value is _ABSENT:
-                delattr(module, name)
-            else:
-                setattr(module, name, value)
 
 
 @contextmanager

@@ -7,13 +7,11 @@ generator has to be stored.
 import ctypes
 import random
 import signal
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
-from basicsr.data.data_sampler import EnlargedSampler
 from torch.utils.data import Dataset
 
 from cea_arch.errors import UserError
@@ -23,7 +21,7 @@ MOST_TRIES = 20  # images in a row that cannot be read, before it is no accident
 
 
 class ReplayDataset(Dataset):
-    """A dataset whose random draws follow from ``seed`` and the place that :class:`ReplaySampler` gives with an index.
+    """A dataset whose random draws follow from ``seed`` and the place that a sampler gives with an index.
 
     Args:
         dataset: Any dataset that draws from Python's, NumPy's or torch's global generator.
@@ -51,23 +49,6 @@ class ReplayDataset(Dataset):
             else:
                 return sample | {'replaced': str(problem or '')} if self.replace else sample
         raise problem
-
-
-class ReplaySampler(EnlargedSampler):
-    """BasicSR's sampler, whose first epoch may begin in its middle; yields ``(index, place in the training)``."""
-
-    start_epoch = 0
-    passed = 0
-
-    def start_at(self, epoch: int, passed: int) -> None:
-        """Begin ``epoch`` after ``passed`` samples of this process."""
-        self.start_epoch, self.passed = epoch, passed
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        passed = self.passed if self.epoch == self.start_epoch else 0
-        for position, index in enumerate(super().__iter__()):
-            if position >= passed:
-                yield index, self.epoch * self.total_size + position * self.num_replicas + self.rank
 
 
 def start_worker(worker_id: int) -> None:
