@@ -18,7 +18,7 @@ setup(
     package_data={'cea_arch': ['weights/*'], 'cea_arch.metrics': ['published/*.csv']},
     python_requires='>=3.10',
     install_requires=[
-        # its source does not build on Python 3.13 and later; layers and networks work without it
+        # its source does not build by itself on Python 3.13 and later, where `cea setup` installs it
         'basicsr==1.4.2; python_version < "3.13"',
         'torch>=2.4',
         'lmdb',
@@ -42,7 +42,7 @@ setup(
     },
     entry_points={'console_scripts': ['cea = cea_arch.cli:main']},
     classifiers=[
-        'Programming Language :: Python :: 3',
+        *(f'Programming Language :: Python :: 3.{minor}' for minor in range(10, 15)),
         'Topic :: Scientific/Engineering :: Image Processing',
     ],
 )

@@ -48,6 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_demo(commands)
     _add_profile(commands)
+    text = 'install basicsr where it is absent, also on Python 3.13 and later, on which it does not build by itself'
+    _add(commands, 'setup', text, _later('cea_arch.compat', 'set_up'))
     text = 'say what is installed, what is not right, and what to do about it'
     _add(commands, 'doctor', text, _later('cea_arch.doctor'))
     info = _add(commands, 'info', 'say what a file of weights holds', _later('cea_arch.doctor', 'show_weights'))

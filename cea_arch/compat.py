@@ -1,24 +1,49 @@
-"""Stock basicsr 1.4.2 on today's torch and torchvision: in memory, before basicsr is imported, no file of it touched.
+"""Stock basicsr 1.4.2 on today's Python, torch and torchvision: in memory, no file of it touched.
 
 basicsr 1.4.2 imports three modules that newer releases have removed or moved. A finder at the very end of
-``sys.meta_path`` answers for exactly these names, so it is never asked where the real module exists.
+``sys.meta_path`` answers for exactly these names, so it is never asked where the real module exists. On Python 3.13
+and later its source does not build as it is; ``cea setup`` builds it.
 """
 
+import argparse
 import importlib
 import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from cea_arch.errors import UserError
+
+# Python runs it when it starts to build basicsr, whose setup.py reads by locals() what exec() has put there; since
+# 3.13 (PEP 667) nothing is put there
+_SITECUSTOMIZE = """
+import builtins, sys
+
+original = builtins.exec
+
+def exec_here(source, /, globals=None, locals=None, **options):
+    if globals is not None or locals is not None:
+        return original(source, globals, locals, **options)
+    frame = sys._getframe(1)
+    names = dict(frame.f_locals)
+    original(source, frame.f_globals, names, **options)
+    frame.f_locals.update(names)
+
+builtins.exec = exec_here
+"""
 _ABSENT = object()
-REMEDY = (
-    'basicsr is not installed: `pip install --no-build-isolation basicsr==1.4.2` installs it on Python 3.10 to 3.12 '
-    '(its source does not build on 3.13 and later). CEA layers and networks work without it.'
-)
+BASICSR = '1.4.2'
+REMEDY = 'basicsr is not installed: `cea setup` installs it. CEA layers, networks and restoring work without it.'
 
 
 def _fill_functional_tensor(module: ModuleType) -> None:
@@ -120,6 +145,40 @@ def has_basicsr() -> bool:
         return importlib.util.find_spec('basicsr') is not None
     except ModuleNotFoundError:
         return False
+
+
+def set_up(args: argparse.Namespace) -> None:
+    """Install basicsr where it is absent: ``cea setup``.
+
+    It is built without isolation, in which it would fetch a second torch, by pip or, where that is absent, uv.
+
+    Raises:
+        UserError: There is neither, or it failed; what it said is on the screen.
+    """
+    if has_basicsr():
+        print('basicsr is installed; `cea doctor` says what it is.')
+        return
+    if importlib.util.find_spec('pip'):
+        install = [sys.executable, '-m', 'pip', 'install']
+    elif uv := shutil.which('uv'):
+        install = [uv, 'pip', 'install', '--python', sys.executable]
+    else:
+        raise UserError('neither pip nor uv is here to install with; `python -m ensurepip` brings pip.')
+    if not importlib.util.find_spec('setuptools'):
+        _run(install, 'setuptools', 'wheel')
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, 'sitecustomize.py').write_text(_SITECUSTOMIZE, 'utf-8')
+        _run(install, '--no-build-isolation', f'basicsr=={BASICSR}', PYTHONPATH=folder)
+    importlib.invalidate_caches()
+    if not has_basicsr():
+        raise UserError(f'basicsr {BASICSR} was installed, but not for this Python, {sys.executable}.')
+    print('basicsr is installed.')
+
+
+def _run(command: list[str], *words: str, **environment: str) -> None:
+    code = subprocess.run([*command, *words], env=os.environ | environment, check=False).returncode
+    if code:
+        raise UserError(f'`{shlex.join([*command, *words])}` ended with {code}; what it said is above.')
 
 
 def registry(kind: str) -> Any:

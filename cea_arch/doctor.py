@@ -13,7 +13,7 @@ import torch
 
 import cea_arch
 from cea_arch.checkpoints import WEIGHT_KEYS, check_fit, holds_layers_alone, read_checkpoint, weights_of
-from cea_arch.compat import REMEDY, REPLACEMENTS, has_basicsr
+from cea_arch.compat import BASICSR, REMEDY, REPLACEMENTS, has_basicsr
 from cea_arch.networks.from_file import build_network, network_options
 
 PACKAGES = ('torch', 'torchvision', 'numpy', 'opencv-python', 'pillow', 'scikit-image', 'lmdb', 'tqdm')
@@ -24,7 +24,6 @@ EXTRAS = {
     'demo': ('gradio',),
     'video': ('av',),
 }
-KNOWN_BASICSR = '1.4.2'
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,10 +92,10 @@ def _is_replaced(name: str) -> bool:
 def _problems() -> Iterator[str]:
     if not has_basicsr():
         yield REMEDY
-    elif _version('basicsr') != KNOWN_BASICSR:
+    elif _version('basicsr') != BASICSR:
         yield (
-            f'basicsr is {_version("basicsr") or "no installed package"}, expected {KNOWN_BASICSR}: other repositories '
-            'bring changed copies under this name. `pip uninstall basicsr`, then install as the README says.'
+            f'basicsr is {_version("basicsr") or "no installed package"}, expected {BASICSR}: other repositories '
+            'bring changed copies under this name. `pip uninstall basicsr`, then `cea setup`.'
         )
     elif importlib.util.find_spec('basicsr.archs') is None:
         yield (

@@ -1,14 +1,18 @@
 """Imports, each in an interpreter of its own."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from cea_arch import compat
+from cea_arch.cli import main
 from cea_arch.compat import has_basicsr
 from tests.conftest import ROOT
 
-needs_basicsr = pytest.mark.skipif(not has_basicsr(), reason='basicsr does not build on this Python')
+needs_basicsr = pytest.mark.skipif(not has_basicsr(), reason='basicsr is not installed')
 
 BLOCK = """
 import sys
@@ -115,7 +119,7 @@ for look_up in (lambda: registry('ARCH'), lambda: WithCEA({'type': 'SwinIR'})):
     try:
         look_up()
     except ImportError as error:
-        assert 'basicsr is not installed: `pip install' in str(error)
+        assert 'basicsr is not installed: `cea setup`' in str(error)
     else:
         raise AssertionError
 from cea_arch.cli import main
@@ -123,8 +127,51 @@ sys.exit(main(['train', '-opt', 'options/cea_demo.yml']))
 """
     )
     assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith('cea train: basicsr is not installed: `pip install')
+    assert result.stderr.startswith('cea train: basicsr is not installed: `cea setup`')
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_basicsr_builds_though_its_setup_reads_by_locals_what_exec_wrote(tmp_path):
+    (tmp_path / 'sitecustomize.py').write_text(compat._SITECUSTOMIZE)
+    code = """
+def get_version():
+    exec(compile('__version__ = str(1 + len(other))', 'version.py', 'exec'))
+    return locals()['__version__']
+
+
+other = '12'
+names = {}
+exec('a = 3', names)
+exec('b = 4')
+print(get_version(), names['a'], b)
+"""
+    environment = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    result = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=False)
+    assert result.stdout == '3 3 4\n', result.stderr
+
+
+def test_setup_installs_basicsr_where_it_is_absent(monkeypatch, capsys):
+    ran = []
+
+    def install(command, env, check):
+        ran.append((command, (Path(env['PYTHONPATH']) / 'sitecustomize.py').is_file()))
+        return subprocess.CompletedProcess(command, len(ran) - 1)
+
+    monkeypatch.setattr(subprocess, 'run', install)
+    answers = iter([False, True, False])
+    monkeypatch.setattr(compat, 'has_basicsr', lambda: next(answers))
+    assert main(['setup']) == 0
+    assert capsys.readouterr().out == 'basicsr is installed.\n'
+    assert main(['setup']) == 2
+    assert '--no-build-isolation basicsr==1.4.2` ended with 1' in capsys.readouterr().err
+    assert [found for _, found in ran] == [True, True]
+    assert ran[0][0][-2:] == ['--no-build-isolation', 'basicsr==1.4.2']
+
+
+@needs_basicsr
+def test_setup_leaves_what_is_there(capsys):
+    assert main(['setup']) == 0
+    assert 'basicsr is installed' in capsys.readouterr().out
 
 
 def test_layers_never_import_basicsr():

@@ -19,8 +19,8 @@ from cea_arch import distributed
 from cea_arch.checkpoints import check_fit, holds_layers_alone, read_checkpoint, weights_of
 from cea_arch.metrics.protocols import PROTOCOLS
 from cea_arch.networks.with_cea import WithCEA
-from cea_arch.training.options import Parts, check_options, read_options
 from cea_arch.training.loaders import training_loader
+from cea_arch.training.options import Parts, check_options, read_options
 from cea_arch.training.pipeline import parsed_options
 
 try:

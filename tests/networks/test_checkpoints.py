@@ -15,7 +15,7 @@ from cea_arch.networks.from_file import build_network, load_network, network_opt
 from tests.networks.test_cea_ir import TINY, lively
 
 OPTIONS = {'type': 'CEAIR', **TINY}
-needs_basicsr = pytest.mark.skipif(not has_basicsr(), reason='basicsr does not build on this Python')
+needs_basicsr = pytest.mark.skipif(not has_basicsr(), reason='basicsr is not installed')
 
 
 @pytest.fixture(scope='module')
