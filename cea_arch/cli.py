@@ -234,7 +234,7 @@ def _add_profile(commands: argparse._SubParsersAction) -> None:
 
 
 def _schema(args: argparse.Namespace) -> None:
-    print(json.dumps(importlib.import_module('cea_arch.training.option_rules').options_schema(), indent=1))
+    print(json.dumps(importlib.import_module('cea_arch.training.option_rules').editors_schema(), indent=1))
 
 
 def _score(args: argparse.Namespace) -> None:

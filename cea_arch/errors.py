@@ -7,7 +7,16 @@ from types import ModuleType
 
 
 class UserError(ValueError):
-    """A mistake in options, files or data, which the user can mend. The commands print it without a traceback."""
+    """A mistake in options, files or data, which the user can mend. The commands print it without a traceback.
+
+    Args:
+        message: What was expected and what was found, and where.
+        label: The option at fault, if it is one of an option file.
+    """
+
+    def __init__(self, message: str, label: str | None = None) -> None:
+        super().__init__(message)
+        self.label = label
 
 
 def need(module: str, extra: str, what: str) -> ModuleType:
@@ -29,20 +38,13 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f' Did you mean {near[0]!r}?' if near else ''
 
 
-def check_keys(opt: dict, known: Iterable[str], label: str, home: str | None = None) -> None:
-    """Raise UserError for a key of ``opt`` that nothing reads, with its ``home``, or the nearest one that is read."""
-    known = sorted(known)
-    for key in opt:
-        if key not in known:
-            hint = f' It belongs in {home}.' if home else suggest(key, known)
-            raise UserError(f'{label}: unknown key {key!r}.{hint} Known: {", ".join(known)}.')
-
-
 def lookup(registry: Iterable[tuple[str, Callable]], name: object, label: str) -> Callable:
     """The object of a registry by its name, for BasicSR's own also without their suffix; UserError if there is none."""
     exact = dict(iter(registry))
     known = {key.removesuffix('_basicsr'): value for key, value in exact.items()} | exact
     if name not in known:
         names = sorted({key.removesuffix('_basicsr') for key in known})
-        raise UserError(f'{label}: {name!r} is not registered.{suggest(name or "", names)} Known: {", ".join(names)}.')
+        raise UserError(
+            f'{label}: {name!r} is not registered.{suggest(name or "", names)} Known: {", ".join(names)}.', label
+        )
     return known[name]

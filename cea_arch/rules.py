@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
-from cea_arch.errors import UserError, check_keys, suggest
+from cea_arch.errors import UserError, suggest
 
 Rule = dict[str, Any]
 TEXT: Rule = {'type': 'string'}
@@ -103,6 +103,32 @@ def _of_annotation(annotation: Any) -> Rule:
     return _ANNOTATIONS.get(annotation, ANY)
 
 
+def changes(rule: Rule, prefix: str) -> Rule:
+    """The rule for what is merged into a mapping of ``rule``: nothing is required, and null removes.
+
+    Args:
+        rule: A rule of the functions above.
+        prefix: Put before the names of definitions, for theirs.
+    """
+    if '$ref' in rule:
+        head, slash, name = rule['$ref'].rpartition('/')
+        return {'$ref': f'{head}{slash}{prefix}{name}'}
+    loose = {key: value for key, value in rule.items() if key != 'required'}
+    for key in ('properties', 'patternProperties'):
+        if key in rule:
+            loose[key] = {name: either(changes(inner, prefix), NULL) for name, inner in rule[key].items()}
+    if isinstance(rule.get('additionalProperties'), dict):
+        loose['additionalProperties'] = either(changes(rule['additionalProperties'], prefix), NULL)
+    if 'anyOf' in rule:
+        loose['anyOf'] = [changes(choice, prefix) for choice in rule['anyOf']]
+    if 'allOf' in rule:  # no case applies where the entry that chooses is not there
+        loose['allOf'] = [
+            {'if': case['if'] | {'required': list(case['if']['properties'])}, 'then': changes(case['then'], prefix)}
+            for case in rule['allOf']
+        ]
+    return loose
+
+
 class Checker:
     """Checks values by rules.
 
@@ -121,7 +147,7 @@ class Checker:
         choices = [self._resolve(choice) for choice in rule.get('anyOf', [rule])]
         fitting = next((choice for choice in choices if _fits(value, choice)), None)
         if fitting is None:
-            raise UserError(f'{label or "the option file"}{_complaint(value, choices)}')
+            raise UserError(f'{label or "the option file"}{_complaint(value, choices)}', label)
         if isinstance(value, (list, tuple)):
             for place, item in enumerate(value):
                 self.check(item, fitting.get('items', ANY), f'{label}[{place}]')
@@ -133,18 +159,19 @@ class Checker:
 
     def _check_section(self, value: dict[str, Any], rule: Rule, label: str) -> None:
         known, others = rule.get('properties', {}), rule.get('additionalProperties', True)
+        prefix = f'{label}.' if label else ''
         patterns = rule.get('patternProperties', {}) | ({'': others} if isinstance(others, dict) else {})
         if not others:
             unknown = [key for key in value if key not in known and _matching(key, patterns) is None]
             for key in unknown[:1]:
+                said, home = f'{label or "options"}: unknown key {key!r}', self.homes.get(key)
                 if 'description' in rule:
-                    raise UserError(f'{label}: unknown key {key!r}: {rule["description"]}.')
-                home = self.homes.get(key)
-                check_keys({key: None}, known, label or 'options', home if home != label else None)
-        prefix = f'{label}.' if label else ''
+                    raise UserError(f'{said}: {rule["description"]}.', f'{prefix}{key}')
+                hint = f' It belongs in {home}.' if home and home != label else suggest(key, sorted(known))
+                raise UserError(f'{said}.{hint} Known: {", ".join(sorted(known))}.', f'{prefix}{key}')
         for key in rule.get('required', ()):
             if value.get(key) is None:
-                raise UserError(f'{prefix}{key} is missing.')
+                raise UserError(f'{prefix}{key} is missing.', f'{prefix}{key}')
         for key, item in value.items():
             self.check(item, known[key] if key in known else _matching(key, patterns) or ANY, f'{prefix}{key}')
         for case in rule.get('allOf', ()):

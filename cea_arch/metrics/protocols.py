@@ -56,7 +56,8 @@ PROTOCOLS = {
 def find_protocol(name: str, label: str) -> Protocol:
     """One of ``PROTOCOLS`` by its name; any other is an error that names ``label`` and the nearest."""
     if name not in PROTOCOLS:
-        raise UserError(f'{label} must be one of {", ".join(PROTOCOLS)}, got {name!r}.{suggest(name, PROTOCOLS)}')
+        hint = suggest(name, PROTOCOLS)
+        raise UserError(f'{label} must be one of {", ".join(PROTOCOLS)}, got {name!r}.{hint}', label)
     return PROTOCOLS[name]
 
 

@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     is_train = 'train' in opt['datasets']
     parsed = parsed_options(args, opt, is_train)
     several = distributed.spread_batch(parsed | {'dist': args.processes > 1, 'world_size': args.processes})
-    parts = check_options(several, may_miss=True)
+    with opt.placing():
+        parts = check_options(several, may_miss=True)
     if 'path.pretrain_network_g' not in parts.missing:
         _check_weights(parsed, parts)
     rows = _training(several, parts, distributed.devices(several)) if is_train else _testing(parsed, parts)

@@ -27,6 +27,7 @@ from cea_arch.rules import (
     TEXT,
     Rule,
     arguments,
+    changes,
     either,
     list_of,
     number,
@@ -44,6 +45,7 @@ _WORD = either(TEXT, NULL)
 _NETWORK, _LOSS, _DATASET = ({'$ref': f'#/$defs/{name}'} for name in ('network', 'loss', 'dataset'))
 
 TOP = {
+    'inherits': either(TEXT, list_of(TEXT)),
     'name': TEXT,
     'model_type': TEXT,
     'scale': whole(),
@@ -133,12 +135,25 @@ SCHEDULERS = {
 }
 
 
-def options_schema() -> Rule:
-    """JSON schema (draft 2020-12) of option files, for what is registered now."""
-    models = {name: _model(model) for name, model in _registered(MODEL_REGISTRY).items()}
+def editors_schema() -> Rule:
+    """JSON schema (draft 2020-12) of option files, whole or inheriting, for what is registered now."""
+    schema = options_schema()
+    definitions, whole = schema['$defs'], {key: value for key, value in schema.items() if key != '$defs'}
     return {
         '$schema': 'https://json-schema.org/draft/2020-12/schema',
         'title': 'option file of cea_arch',
+        'properties': {'inherits': TOP['inherits']},
+        'if': {'required': ['inherits']},
+        'then': changes(whole, 'inherited_'),
+        'else': whole,
+        '$defs': definitions | {f'inherited_{key}': changes(rule, 'inherited_') for key, rule in definitions.items()},
+    }
+
+
+def options_schema() -> Rule:
+    """The rules of a whole option file, for what is registered now."""
+    models = {name: _model(model) for name, model in _registered(MODEL_REGISTRY).items()}
+    return {
         **typed(models, 'model_type'),
         'required': ['name', 'model_type', 'network_g', 'datasets'],
         '$defs': {

@@ -10,6 +10,7 @@ import os
 import pickle
 import platform
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -17,10 +18,10 @@ import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import current_thread, main_thread
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import basicsr
@@ -38,7 +39,8 @@ from cea_arch.models.training_step import TrainingStopped
 from cea_arch.restoring.tiling import keep_freed_memory
 from cea_arch.training.curves import ProgressLogger, open_tensorboard, start_wandb, write_curves
 from cea_arch.training.loaders import ReplaySampler, exact_loaders
-from cea_arch.training.options import check_options, read_options, write_options
+from cea_arch.training.option_files import Options, write_options
+from cea_arch.training.options import check_options, read_options
 
 
 def run(args: Namespace) -> int:
@@ -70,14 +72,18 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _run_here(args: Namespace, opt: dict[str, Any]) -> None:
-    module = importlib.import_module(f'basicsr.{args.command}')
-    held = ExitStack()
+def _run_here(args: Namespace, opt: Options) -> None:
+    with ExitStack() as held:
+        file = held.enter_context(_resolved(args, opt))
+        _run_pipeline(importlib.import_module(f'basicsr.{args.command}'), args, opt, file, held)
+
+
+def _run_pipeline(module: ModuleType, args: Namespace, opt: Options, file: Path, held: ExitStack) -> None:
     changes = [
-        *_parsing(args, opt),
+        *_parsing(args, opt, file),
         (module, 'parse_options', _checked(module.parse_options, held, opt)),
         (module, 'get_env_info', _environment),
-        *_keeping_options(module, args, opt),
+        *_keeping_options(module, args, file),
     ]
     if args.command == 'train':
         resumed = {}
@@ -91,7 +97,7 @@ def _run_here(args: Namespace, opt: dict[str, Any]) -> None:
         ]
     keep_freed_memory()
     stops = args.command == 'train' and opt['model_type'] == 'CEAModel' and current_thread() is main_thread()
-    with held, replaced(changes), _own_log(), _stopping_on_signals() if stops else nullcontext():
+    with replaced(changes), _own_log(), _stopping_on_signals() if stops else nullcontext():
         try:
             getattr(module, f'{args.command}_pipeline')(str(Path(args.root).absolute()))
         except Exception as error:
@@ -147,22 +153,36 @@ def _start(launcher: str, opt: dict[str, Any]) -> None:
     distributed.start(launcher, torch.cuda.is_available() and opt['num_gpu'] != 0, **opt.get('dist_params') or {})
 
 
-def parsed_options(args: Namespace, opt: dict[str, Any], is_train: bool) -> dict[str, Any]:
+def parsed_options(args: Namespace, opt: Options, is_train: bool) -> dict[str, Any]:
     """What BasicSR's parser makes of options, for one process: phases, paths, devices."""
     parse_options = importlib.import_module('basicsr.utils.options').parse_options
-    with replaced(_parsing(args, opt)):
+    with _resolved(args, opt) as file, replaced(_parsing(args, opt, file)):
         parsed = parse_options(str(Path(args.root).absolute()), is_train)[0]
     return _choose_device(parsed, opt)
 
 
-def _parsing(args: Namespace, opt: dict[str, Any]) -> list[tuple[ModuleType, str, Any]]:
-    """Have BasicSR's parser take ``opt`` as the content of the file."""
-    argv = [f'cea {args.command}', '-opt', args.opt, '--launcher', getattr(args, 'launcher', 'none')]
+@contextmanager
+def _resolved(args: Namespace, opt: Options) -> Iterator[Path]:
+    """A file of these options, which BasicSR reads and the run keeps."""
+    given = [('--set', args.set), ('--force_yml', args.force_yml)]
+    words = [args.opt, *(word for name, values in given if values for word in (name, *values))]
+    command = f'cea {args.command} -opt {shlex.join(words)}'
+    header = (
+        f'{command}\n{time.strftime("%Y-%m-%d %H:%M:%S")}; with what the file inherited and left out, what was set and '
+        'the protocol'
+    )
+    with TemporaryDirectory() as folder:
+        file = Path(folder, 'options.yml')
+        write_options(opt, file, header)
+        yield file
+
+
+def _parsing(args: Namespace, opt: Options, file: Path) -> list[tuple[ModuleType, str, Any]]:
+    """Have BasicSR's parser read ``file``."""
+    argv = [f'cea {args.command}', '-opt', str(file), '--launcher', getattr(args, 'launcher', 'none')]
     argv += [f'--{switch}' for switch in ('auto_resume', 'debug') if getattr(args, switch, False)]
     options_module = importlib.import_module('basicsr.utils.options')
     return [
-        (options_module, 'ordered_yaml', lambda: (None, None)),
-        (options_module, 'yaml', SimpleNamespace(load=lambda file, Loader: deepcopy(opt))),
         (options_module, 'print', lambda *words, **options: None),  # 'Disable distributed.'
         (options_module, 'init_dist', lambda launcher, **_: _start(launcher, opt)),
         (sys, 'argv', argv),
@@ -176,12 +196,12 @@ def _choose_device(parsed: dict[str, Any], opt: dict[str, Any]) -> dict[str, Any
     return parsed
 
 
-def _checked(parse_options: Callable, held: ExitStack, opt: dict[str, Any]) -> Callable:
+def _checked(parse_options: Callable, held: ExitStack, opt: Options) -> Callable:
     """Check what was parsed and, as ``held``, lock the run's folder before BasicSR renames an earlier one."""
 
     def parse(root_path: str, is_train: bool = True) -> tuple[dict[str, Any], Namespace]:
         parsed, args = parse_options(root_path, is_train)
-        with distributed.together():
+        with distributed.together(), opt.placing():
             check_options(_choose_device(parsed, opt))
             if parsed['rank'] == 0:
                 folder = parsed['path']['experiments_root' if is_train else 'results_root']
@@ -192,23 +212,17 @@ def _checked(parse_options: Callable, held: ExitStack, opt: dict[str, Any]) -> C
     return parse
 
 
-def _keeping_options(module: ModuleType, args: Namespace, opt: dict[str, Any]) -> list[tuple[ModuleType, str, Any]]:
-    """Have the run keep its options as ``options.yml``, instead of BasicSR's copy of a file before it was changed."""
-    given = [('--set', args.set), ('--force_yml', args.force_yml)]
-    words = [args.opt, *(word for name, values in given if values for word in (name, *values))]
-    command = f'cea {args.command} -opt {shlex.join(words)}'
-    header = (
-        f'{command}\n{time.strftime("%Y-%m-%d %H:%M:%S")}; with what the file left out, what was set and the protocol'
-    )
+def _keeping_options(module: ModuleType, args: Namespace, file: Path) -> list[tuple[ModuleType, str, Any]]:
+    """Have the run keep ``file``, as it is, where BasicSR would add its command line, or in testing keep nothing."""
     basicsr_make_exp_dirs = module.make_exp_dirs
 
     @master_only
-    def keep(file: str, folder: str) -> None:
-        write_options(opt, Path(folder, 'options.yml'), header)
+    def keep(_: str, folder: str) -> None:
+        shutil.copy(file, folder)
 
     def make_exp_dirs(parsed: dict[str, Any]) -> None:
         basicsr_make_exp_dirs(parsed)
-        keep(args.opt, parsed['path']['results_root'])
+        keep('', parsed['path']['results_root'])
 
     return [(module, 'copy_opt_file', keep)] if args.command == 'train' else [(module, 'make_exp_dirs', make_exp_dirs)]
 

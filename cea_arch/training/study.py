@@ -21,7 +21,8 @@ from cea_arch.layers.cea import assemble
 from cea_arch.layers.tokens import as_tokens, from_tokens
 from cea_arch.networks.cea_ir import FFN_EXPANSION_FACTOR
 from cea_arch.networks.from_file import build_network, load_network
-from cea_arch.training.options import check_options, read_options, write_options
+from cea_arch.training.option_files import write_options
+from cea_arch.training.options import check_options, read_options
 from cea_arch.training.pipeline import parsed_options
 
 VARIANTS = {  # the paper's ablations by name, and ours of T: what of network_g each changes
@@ -186,7 +187,8 @@ def residual_table(found: dict[str, dict[str, Any]]) -> str:
 
 def _first_images(args: argparse.Namespace, opt: dict[str, Any]) -> list[Tensor]:
     """The first image of each validation set, at most 256 x 256 of it."""
-    datasets = check_options(parsed_options(args, opt, is_train=True)).datasets
+    with opt.placing():
+        datasets = check_options(parsed_options(args, opt, is_train=True)).datasets
     return [dataset[0]['lq'][None, :, :256, :256] for phase, dataset in datasets.items() if phase != 'train']
 
 

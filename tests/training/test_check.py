@@ -10,7 +10,7 @@ import yaml
 from cea_arch.cli import main
 from cea_arch.models.cea_model import CEAModel
 from cea_arch.training.check import _bytes, _duration, take_steps
-from cea_arch.training.options import OptionLoader
+from cea_arch.training.option_files import OptionLoader
 from tests.training.test_option_mistakes import FILE, MISTAKES
 from tests.training.test_options import FILES
 
@@ -102,7 +102,7 @@ def test_missing_data_are_listed_and_the_rest_is_checked(workplace, check):
     assert check(opt, '--allow-missing')[0] == 0
     code, _, said = check(opt, '--allow-missing', '--set', 'network_g.rank=0')
     assert code == 2
-    assert said.err.startswith('cea check: network_g: ')
+    assert said.err.startswith("cea check: setting 'network_g.rank=0': network_g: ")
 
 
 def test_what_would_be_tested(workplace, check):
@@ -142,7 +142,7 @@ def test_steps_run_over_the_end_of_an_epoch(workplace):
 
     folder, opt = workplace
     (folder / 'o.yml').write_text(yaml.safe_dump(opt))
-    args = Namespace(command='check', opt='o.yml', root='.')
+    args = Namespace(command='check', opt='o.yml', root='.', set=None, force_yml=None)
     steps = take_steps(parsed_options(args, read_options('o.yml'), True), 5)
     assert 0 <= steps.waited < steps.seconds
     assert steps.memory > 2**20
@@ -162,10 +162,10 @@ def test_words_for_sizes_and_times():
 @pytest.fixture(scope='module')
 def validator():
     jsonschema = pytest.importorskip('jsonschema')
-    from cea_arch.training.option_rules import options_schema
+    from cea_arch.training.option_rules import editors_schema
 
-    jsonschema.Draft202012Validator.check_schema(options_schema())
-    return jsonschema.Draft202012Validator(options_schema())
+    jsonschema.Draft202012Validator.check_schema(editors_schema())
+    return jsonschema.Draft202012Validator(editors_schema())
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: f'{path.parent.name}/{path.stem}')
@@ -184,6 +184,23 @@ def test_the_schema_refuses_what_the_check_refuses(validator, name):
     right, wrong, _ = MISTAKES[name]
     assert validator.is_valid(yaml.load(FILE, Loader=OptionLoader))
     assert not validator.is_valid(yaml.load(FILE.replace(right, wrong), Loader=OptionLoader))
+
+
+@pytest.mark.parametrize(
+    ('text', 'right'),
+    [
+        ('{inherits: a.yml}', True),
+        ('{inherits: [a.yml, b.yml], train: {total_iter: 3, fft_opt: ~}, datasets: {val_2: ~}}', True),
+        ('{inherits: a.yml, datasets: {train: {sources: {x: {repeat: 2, sigmas: ~}}}}}', True),
+        ('{inherits: a.yml, network_g: {rank: 4}, model_type: CEAModel}', True),
+        ('{inherits: 3}', False),
+        ('{inherits: a.yml, train: {total_iter: x}, model_type: CEAModel}', False),
+        ('{inherits: a.yml, train: {total_iters: 3}, model_type: CEAModel}', False),
+        ('{train: {total_iter: 3}}', False),
+    ],
+)
+def test_the_schema_knows_files_that_inherit(validator, text, right):
+    assert validator.is_valid(yaml.load(text, Loader=OptionLoader)) == right
 
 
 def test_cea_schema_prints_it(capsys):

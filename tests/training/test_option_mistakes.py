@@ -1,6 +1,7 @@
 """Mistakes that people make in YAML, and on the command line, each with the sentence that it gets."""
 
 import copy
+import re
 
 import pytest
 import yaml
@@ -10,8 +11,9 @@ from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
 from cea_arch.cli import main
 from cea_arch.errors import UserError
 from cea_arch.rules import ANY, Checker, arguments, either, list_of, number, section, typed, whole
+from cea_arch.training.option_files import OptionDumper, OptionLoader
 from cea_arch.training.option_rules import options_schema
-from cea_arch.training.options import OptionDumper, OptionLoader, read_options
+from cea_arch.training.options import read_options
 
 # what is written instead of what in the file below, and what is said about it
 FILE = """\
@@ -150,6 +152,9 @@ MISTAKES = {
 }
 
 
+FAR = {'section left empty': 5, 'no number of workers': 6}  # lines between what is changed and what is named
+
+
 @pytest.mark.parametrize('name', MISTAKES)
 def test_mistakes_in_yaml(tmp_path, image_folder, monkeypatch, capsys, name):
     right, wrong, message = MISTAKES[name]
@@ -160,7 +165,10 @@ def test_mistakes_in_yaml(tmp_path, image_folder, monkeypatch, capsys, name):
     (tmp_path / 'o.yml').write_bytes(FILE.encode().replace(right.encode(), wrong))
     assert main(['train', '-opt', 'o.yml']) == 2
     said = capsys.readouterr().err.strip()
-    assert said.startswith('cea train: ')
+    place = re.match(r'cea train: o\.yml(?:, line (\d+))?[: ]', said)
+    assert place, said
+    line = FILE[: FILE.index(right)].count('\n') + 1
+    assert place[1] is None or abs(int(place[1]) - line) <= FAR.get(name, 1), said
     assert message in said
     assert len(said.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ['o.yml', 'photos']
@@ -204,6 +212,78 @@ def test_settings_that_are_refused(file, setting, message):
     assert message in str(error.value)
     with pytest.raises(UserError):
         read_options(file, None, [setting.replace('.', ':')])
+
+
+def test_a_setting_that_is_refused_is_named(file):
+    for setting, message in (
+        ('train.total_iter=many', 'train.total_iter must be'),
+        ('train.scheduler.periods.1=-1', 'train.scheduler.periods[1] must be'),
+        ('train.optim_g={type: AdamW, lr: x}', 'train.optim_g.lr must be'),
+    ):
+        with pytest.raises(UserError, match=re.escape(f'setting {setting!r}: {message}')):
+            read_options(file, [setting])
+
+
+def inherit(folder, **files):
+    for name, text in files.items():
+        (folder / f'{name}.yml').write_text(text)
+
+
+def test_files_inherit(file, tmp_path):
+    inherit(
+        tmp_path,
+        more='inherits: o.yml\ntrain: {total_iter: 300, grad_clip: 1.0}\ndatasets: {val_1: {name: a}, val_2: ~}\n',
+        other='val: {val_freq: 7, metrics: {ssim: {type: calculate_ssim_uniform}}}\n',
+        both="""\
+inherits: [more.yml, other.yml]
+name: both
+train:
+  scheduler: {periods: [300], restart_weights: [1]}
+  ema_decay: ~
+datasets: {val_1: ~, val_2: ~}
+val: {metrics: {psnr: ~}}
+network_g: {rank: 4}
+""",
+    )
+    opt, expected = read_options(str(tmp_path / 'both.yml')), read_options(file)
+    expected['name'] = 'both'
+    expected['train'] |= {'total_iter': 300, 'grad_clip': 1.0}
+    expected['train']['scheduler'] |= {'periods': [300], 'restart_weights': [1]}
+    del expected['train']['ema_decay']
+    expected['val'] |= {'val_freq': 7, 'metrics': {'ssim': {'type': 'calculate_ssim_uniform'}}}
+    expected['network_g']['rank'] = 4
+    assert opt == expected
+
+
+def test_what_was_inherited_is_named_by_its_file(file, tmp_path):
+    wrong = FILE.replace('val_freq: 50', 'val_frq: 50')
+    inherit(tmp_path, o=wrong, a='inherits: o.yml\nval: {save_img: true}\n', b='inherits: o.yml\nval: {val_frq: 5}\n')
+    line = wrong[: wrong.index('val_frq')].count('\n') + 1
+    for name, place in (('a', f'o.yml, line {line}'), ('b', 'b.yml, line 2')):
+        with pytest.raises(UserError, match=re.escape(f"{place}: val: unknown key 'val_frq'")):
+            read_options(str(tmp_path / f'{name}.yml'))
+    inherit(tmp_path, o=FILE, c='inherits: o.yml\ndatasets: {trian: ~}\n')
+    with pytest.raises(UserError, match=r"c.yml, line 2: datasets: unknown key 'trian'"):
+        read_options(str(tmp_path / 'c.yml'))
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('inherits: on.yml', "o2.yml, line 1: inherits 'on.yml', but there is no {folder}/on.yml. Did you mean"),
+        ('\ninherits: 3', 'o2.yml, line 2: inherits must name option files, got 3'),
+        ('inherits: [o.yml, 3]', 'o2.yml, line 1: inherits must name option files, got 3'),
+        ('inherits: o2.yml', 'o2.yml, line 1: {folder}/o2.yml inherits itself'),
+        ('inherits: o3.yml', 'o3.yml, line 1: {folder}/o2.yml inherits itself, by {folder}/o3.yml and {folder}/o2.yml'),
+        ('inherits: o4.yml', 'o4.yml, line 1 (name: [): '),
+        ('inherits: o5.yml', 'o5.yml must hold a mapping'),
+    ],
+)
+def test_inheriting_that_goes_wrong(file, tmp_path, text, message):
+    inherit(tmp_path, o2=text, o3='inherits: o2.yml', o4='name: [', o5='[1]')
+    with pytest.raises(UserError) as error:
+        read_options(str(tmp_path / 'o2.yml'))
+    assert message.format(folder=tmp_path) in str(error.value)
 
 
 BASICSR = {
