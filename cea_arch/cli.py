@@ -12,6 +12,8 @@ from cea_arch.compat import REMEDY, has_basicsr
 from cea_arch.errors import UserError
 from cea_arch.files import PACKAGED_WEIGHTS
 
+SPIN = '10000'  # how often a thread of libgomp looks for work before it sleeps; see docs/costs.md
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='cea', description='Continuous Expert Assembly for image restoration.')
@@ -273,6 +275,8 @@ def _merge(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, its own, 2 for a user's mistake, 130 when interrupted."""
     args = build_parser().parse_args(argv)
+    if 'OMP_WAIT_POLICY' not in os.environ:  # read when torch is loaded
+        os.environ.setdefault('GOMP_SPINCOUNT', SPIN)
     if args.needs_basicsr and not has_basicsr():
         print(f'cea {args.command}: {REMEDY}', file=sys.stderr)
         return 2

@@ -9,7 +9,15 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / 'cea_arch'
-GROUND = ('errors', 'files', 'rules', 'distributed', 'compat', 'checkpoints')  # modules that several rooms stand on
+GROUND = (
+    'errors',
+    'files',
+    'rules',
+    'distributed',
+    'compat',
+    'checkpoints',
+    'threads',
+)  # modules that several rooms stand on
 FLOORS = (
     ('layers', *GROUND),
     ('networks',),

@@ -10,6 +10,7 @@ import signal
 from contextlib import suppress
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -52,10 +53,12 @@ class ReplayDataset(Dataset):
 
 
 def start_worker(worker_id: int) -> None:
-    """Leave signals to the main process, which saves and ends, and its workers with it: they are sent to all.
+    """Use one thread; leave signals to the main process, which saves and ends, and its workers with it: they go to all.
 
     If it is killed, Linux kills the worker as well, which would keep its connections to other processes open.
     """
+    if cv2.getNumThreads() != 1:  # a forked worker has its parent's one, and would wait for ever for threads to end
+        cv2.setNumThreads(1)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     with suppress(OSError, AttributeError):  # on other systems

@@ -21,6 +21,7 @@ from cea_arch.metrics.report import Report
 from cea_arch.models.training_step import TrainingStep, checkpoint_activations, memory_format, optimizer_class
 from cea_arch.models.validation import ValidatedModel
 from cea_arch.networks.with_cea import WithCEA
+from cea_arch.threads import ThreadChooser
 
 
 class CEAModel(ValidatedModel):
@@ -70,6 +71,8 @@ class CEAModel(ValidatedModel):
         fft_opt = self.opt['train'].get('fft_opt')
         self.cri_fft = build_loss(fft_opt).to(self.device) if fft_opt else None
         self.step = TrainingStep(self.opt['train'], self.device)
+        alone = self.device.type == 'cpu' and not self.opt['dist'] and not self.step.compile
+        self.threads = ThreadChooser(get_root_logger().info, alone)
         super().init_training_settings()
         get_root_logger().info(self.describe_training())
 
@@ -134,7 +137,9 @@ class CEAModel(ValidatedModel):
     def optimize_parameters(self, current_iter: int) -> None:
         """One step on one batch; what the network draws follows from the seed, the process and the iteration."""
         seed_all(self.opt['manual_seed'], self.opt['rank'], current_iter)
+        self.threads.start()
         losses, stepped = self.step.run(self.net_g, self.optimizer_g, (self.lq, self.gt), self.losses)
+        self.threads.stop()
         self.log_dict = distributed.means(losses | {'stop': float(self.stop_asked is not None)}, self.device)
         stop = self.log_dict.pop('stop') > 0  # asked of any process
         if not stepped:
@@ -231,14 +236,16 @@ class CEAModel(ValidatedModel):
             'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
             'schedulers': [scheduler.state_dict() for scheduler in self.schedulers],
             'scaler': self.step.scaler.state_dict(),
+            'threads': self.threads.state_dict(),
             'best_metric_results': getattr(self, 'best_metric_results', {}),
         }
         write_checkpoint(state, os.path.join(self.opt['path']['training_states'], f'{current_iter}.state'))
 
     def resume_training(self, resume_state: dict[str, Any]) -> None:
-        """Take up optimizers, schedulers, loss scaling and the best scores."""
+        """Take up optimizers, schedulers, loss scaling, the number of threads and the best scores."""
         super().resume_training(resume_state)
         self.step.scaler.load_state_dict(resume_state.get('scaler', {}))
+        self.threads.load_state_dict(resume_state.get('threads', {}))
         if resume_state.get('best_metric_results'):
             self.best_metric_results = resume_state['best_metric_results']
 

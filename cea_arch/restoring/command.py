@@ -19,6 +19,7 @@ from cea_arch.restoring.pictures import FORMAT_OF, SUFFIXES, Picture, as_format,
 from cea_arch.restoring.restorer import Restorer, enlarged, restore
 from cea_arch.restoring.tiling import keep_freed_memory
 from cea_arch.restoring.video import ENCODERS, restore_clip
+from cea_arch.threads import ThreadChooser
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
             args.conditioning,
             lambda tile, total: bar.set_postfix_str(f'tile {tile} of {total}') if total > 1 else None,
         )
+        if restorer.device.type == 'cpu':
+            ThreadChooser().watch(restorer.net)
         if args.maps:
             restorer.maps = RoutingMaps(restorer.net, None if args.maps == 'last' else args.maps)
         for job in jobs:

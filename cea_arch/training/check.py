@@ -18,6 +18,7 @@ from basicsr.models import build_model
 from cea_arch import distributed
 from cea_arch.checkpoints import check_fit, holds_layers_alone, read_checkpoint, weights_of
 from cea_arch.metrics.protocols import PROTOCOLS
+from cea_arch.models.cea_model import CEAModel
 from cea_arch.networks.with_cea import WithCEA
 from cea_arch.training.loaders import training_loader
 from cea_arch.training.options import Parts, check_options, read_options
@@ -81,6 +82,8 @@ def take_steps(opt: dict[str, Any], count: int) -> Steps:
         opt = opt | {'path': opt['path'] | dict.fromkeys(_FOLDERS, aside)}
         loader = training_loader(opt)
         model = build_model(opt)
+        if isinstance(model, CEAModel):
+            model.threads.take(torch.get_num_threads())  # too few steps to choose by
         batches = chain.from_iterable(repeat(loader))
         for iteration in range(1, count + 1):
             start = time.perf_counter()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+import cv2
 from basicsr.data.data_sampler import EnlargedSampler
 from torch.utils.data import DataLoader, Dataset
 
@@ -55,6 +56,7 @@ def exact_loaders(module: ModuleType, resumed: dict[str, dict[str, Any] | None])
         with replaced([(module, 'build_dataset', build)]):
             loader, sampler, val_loaders, _, total_iter = create_train_val_dataloader(opt, logger)
         loader.worker_init_fn = start_worker
+        cv2.setNumThreads(1)  # also of workers, while the network computes; torch gives them one as well
         if hasattr(loader.dataset.dataset, 'describe'):
             logger.info('Sources of the training set:\n%s', loader.dataset.dataset.describe())
         opt['train']['iters_per_epoch'] = len(loader)

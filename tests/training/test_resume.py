@@ -61,6 +61,27 @@ def test_six_iterations_equal_three_and_three(workplace, workers, accumulate):
     assert_same(states[0]['optimizers'], states[1]['optimizers'])
 
 
+def test_threads_are_chosen_in_the_first_steps_and_kept(workplace, monkeypatch, one_thread):
+    folder, opt = workplace
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    opt['train']['total_iter'] = 8
+    opt['val'] = {'val_freq': 100, 'save_img': False}
+    opt['logger']['save_checkpoint_freq'] = 4
+    torch.set_num_threads(2)
+    assert train(folder, opt) == 0
+    chosen = int(re.search(r'Threads: (\d), chosen by time', log_of(folder))[1])
+    assert torch.get_num_threads() == chosen
+    half, last = (
+        torch.load(folder / f'experiments/run/training_states/{name}.state', weights_only=True)['threads']
+        for name in (4, 8)
+    )
+    assert (half['chosen'], len(half['seconds']), last['chosen']) == (None, 4, chosen)
+    torch.set_num_threads(2)
+    opt['train']['total_iter'] = 9
+    assert train(folder, opt, '--auto_resume') == 0
+    assert torch.get_num_threads() == chosen
+
+
 def test_the_number_of_workers_changes_nothing(workplace):
     folder, opt = workplace
     opt['train']['total_iter'] = 3
