@@ -231,6 +231,10 @@ def _add_profile(commands: argparse._SubParsersAction) -> None:
     _add_device(command)
     precisions = ('fp32', 'bf16', 'fp16')
     command.add_argument('--precision', choices=precisions, default='fp32', help='bf16 and fp16: under autocast')
+    command.add_argument('--batch', type=int, default=1, help='images at a time (1)')
+    command.add_argument('--threads', nargs='+', type=int, default=[], help='numbers of threads to compare')
+    command.add_argument('--busy', type=int, default=0, help='so many other processes compute meanwhile (0)')
+    command.add_argument('--start', action='store_true', help='how long commands take to start, and nothing else')
     command.add_argument('--repeats', type=int, default=11, help='runs that count, after one that does not (11)')
     command.add_argument('--output', help='also write the figures to this JSON file')
 

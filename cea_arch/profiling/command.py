@@ -24,6 +24,7 @@ from cea_arch.layers.tokens import as_tokens
 from cea_arch.networks.cea_ir import CEAIR, SIZES
 from cea_arch.profiling.costs import (
     Call,
+    busy,
     by_stage,
     by_type,
     count_macs,
@@ -32,6 +33,7 @@ from cea_arch.profiling.costs import (
     peak_memory,
     time_breakdown,
 )
+from cea_arch.profiling.starting import starting_times
 from cea_arch.restoring.restorer import PRECISIONS, choose_device
 from cea_arch.restoring.tiling import is_out_of_memory, keep_freed_memory
 
@@ -39,22 +41,26 @@ WITHOUT = ' without CEA'
 SHARES = ('spread', 'more', 'share')  # words at the end of columns that are shown in per cent
 CODE = re.compile(r'(?:([^=:(]+)=)?(.+?\.py):(\w+)(?:\((.*)\))?')  # NAME= and the arguments may be left out
 CONVENTION = (
-    'One multiply-accumulate (MAC) is one multiplication and one addition, in matrix products and convolutions; memory '
-    'is the peak of tensors beyond weights and images; ms are medians of interleaved runs, spread is the distance of '
-    'their quartiles.'
+    'One multiply-accumulate (MAC) is one multiplication and one addition, in matrix products and convolutions; ms are '
+    'medians of interleaved runs, spread is the distance of their quartiles; memory, on CUDA, is the peak of tensors '
+    'beyond weights and images.'
 )
 Row = dict[str, Any]
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure and print tables in Markdown; write the figures to a file on request."""
-    for name in ('repeats', *(['dim', 'rank', 'heads'] if args.layer else ())):
-        if getattr(args, name) < 1:
-            raise UserError(f'--{name} must be at least 1, got {getattr(args, name)}.')
-    if min(args.pixels) < 1:
-        raise UserError(f'--pixels must be at least 1, got {min(args.pixels)}.')
-    if args.layer and (args.opt or args.code or args.size or args.layers or args.without_cea):
-        raise UserError('--layer measures one block: leave out what names and what parts networks.')
+    for name in ('repeats', 'batch', 'pixels', 'threads', *(['dim', 'rank', 'heads'] if args.layer else ())):
+        given = getattr(args, name)
+        least = min(given, default=1) if isinstance(given, list) else given
+        if least < 1:
+            raise UserError(f'--{name} must be at least 1, got {least}.')
+    if args.start:
+        rows = starting_times(args.repeats)
+        print(f'Seconds of processor time, medians of {args.repeats}:\n\n{markdown(rows)}', end='')
+        return
+    if args.layer and (args.opt or args.code or args.size or args.layers or args.without_cea or args.threads):
+        raise UserError('--layer measures one block: leave out what names and what parts networks, and --threads.')
     device = choose_device(args.device)
     keep_freed_memory()  # as cea restore does
     nets = {} if args.layer else _networks(args)
@@ -81,44 +87,60 @@ def run(args: argparse.Namespace) -> None:
 def network_costs(
     nets: Mapping[str, nn.Module], args: argparse.Namespace, device: torch.device
 ) -> tuple[list[Row], list[Row]]:
-    """A row for each network and image size, and one for what CEA adds; the networks of a size are timed in turn."""
+    """A row for each network, image size and number of threads, and one for what CEA adds; those of a size in turn."""
     rows, shares = [], []
     for side in args.pixels:
-        calls = {name: _call(net, side, args, device) for name, net in nets.items()}
+        once = {name: _call(net, side, args, device) for name, net in nets.items()}
+        calls = {(name, n): _on_threads(call, n) for name, call in once.items() for n in args.threads or [None]}
         try:
-            counts = {name: (*count_macs(call), peak_memory(call, device)) for name, call in calls.items()}
-            times = interleaved(calls, args.repeats, device)
+            counts = {name: (*count_macs(call), peak_memory(call, device)) for name, call in once.items()}
+            with busy(args.busy):
+                times = interleaved(calls, args.repeats, device)
         except RuntimeError as error:
             raise UserError(f'{side} x {side} pixels: {_reason(error)}') from error
-        found: dict[str, Row] = {}
-        for name, net in nets.items():
+        found: dict[tuple[str, int | None], Row] = {}
+        for name, threads in calls:
             macs, uncounted, memory = counts[name]
-            found[name] = {
+            taken = times[name, threads]
+            found[name, threads] = {
                 'network': name,
                 'pixels': side,
-                'parameters': sum(p.numel() for p in net.parameters()),
+                **({'threads': threads} if threads else {}),
+                'parameters': sum(p.numel() for p in nets[name].parameters()),
                 'GMACs': macs / 1e9,
-                'ms': times[name].median * 1e3,
-                'spread': times[name].spread,
-                'ns per pixel': times[name].median / side**2 * 1e9,
-                'memory MiB': _mib(memory),
-                'time to first': times[name].over(next(iter(times.values()))),
+                'ms': taken.median * 1e3,
+                'spread': taken.spread,
+                'ns per pixel': taken.median / (args.batch * side**2) * 1e9,
+                **_memory(memory),
+                'time to first': taken.over(next(iter(times.values()))),
                 **({'not counted': ', '.join(uncounted)} if uncounted else {}),
             }
         rows += found.values()
-        for name in found:
-            if bare := found.get(name + WITHOUT):
-                more = {key: _more(found[name][key], bare[key]) for key in ('parameters', 'GMACs', 'memory MiB')}
-                more['time'] = times[name].over(times[name + WITHOUT]) - 1
+        for (name, threads), row in found.items():
+            if bare := found.get((name + WITHOUT, threads)):
+                shared = [key for key in ('parameters', 'GMACs', 'memory MiB') if key in row]
+                more = {key: row[key] / bare[key] - 1 if bare[key] else None for key in shared}
+                more['time'] = times[name, threads].over(times[name + WITHOUT, threads]) - 1
                 shares.append(
-                    {'network': name, 'pixels': side} | {f'{key.split()[0]} more': value for key, value in more.items()}
+                    {'network': name, 'pixels': side, **({'threads': threads} if threads else {})}
+                    | {f'{key.split()[0]} more': value for key, value in more.items()}
                 )
     return rows, shares
 
 
-def _more(value: float | None, bare: float | None) -> float | None:
-    """How much more than ``bare``, as a share: 0.05 is 5 % more."""
-    return value / bare - 1 if value is not None and bare else None
+def _on_threads(call: Call, number: int | None) -> Call:
+    if number is None:
+        return call
+
+    def run() -> None:
+        torch.set_num_threads(number)
+        call()
+
+    return run
+
+
+def _memory(count: int | None) -> Row:
+    return {} if count is None else {'memory MiB': count / 2**20}
 
 
 def without_cea(net: nn.Module, name: str) -> nn.Module:
@@ -180,7 +202,7 @@ def layer_costs(args: argparse.Namespace, side: int, device: torch.device) -> li
             'spread': times[name].spread,
             'to projection': times[name].over(times['projection C -> 3C']),
             'to block': times[name].over(times['block without CEA']),
-            'memory MiB': _mib(memory[name]),
+            **_memory(memory[name]),
         }
         for name in calls
     ]
@@ -201,10 +223,6 @@ def _word(name: str, value: object) -> str:
     if name.endswith(SHARES):
         return f'{100 * value:.1f} %'
     return f'{value:,}' if isinstance(value, int) else f'{value:.4g}' if isinstance(value, float) else str(value)
-
-
-def _mib(count: int | None) -> float | None:
-    return None if count is None else count / 2**20
 
 
 def _networks(args: argparse.Namespace) -> dict[str, nn.Module]:
@@ -242,7 +260,7 @@ def network_of_code(code: str) -> tuple[str, nn.Module]:
 
 
 def _call(net: nn.Module, side: int, args: argparse.Namespace, device: torch.device) -> Call:
-    """One run on a random RGB image of ``side`` x ``side`` pixels."""
+    """One run on random RGB images of ``side`` x ``side`` pixels."""
     dtype = PRECISIONS[args.precision]
 
     def forward(image: Tensor) -> Tensor:
@@ -250,7 +268,7 @@ def _call(net: nn.Module, side: int, args: argparse.Namespace, device: torch.dev
             return net(image)
 
     weights = [p for p in net.to(device).parameters() if p.requires_grad]
-    return _step(forward, torch.rand(1, 3, side, side, device=device), weights if args.train else [])
+    return _step(forward, torch.rand(args.batch, 3, side, side, device=device), weights if args.train else [])
 
 
 def _step(function: Callable[[Tensor], Tensor], x: Tensor, weights: Sequence[Tensor]) -> Call:
@@ -272,7 +290,7 @@ def _parts(name: str, net: nn.Module, args: argparse.Namespace, device: torch.de
     """Rows of a network's modules by type, or of its stages, at each image size; forward alone."""
     labels = (by_type if args.layers == 'type' else by_stage)(net)
     for side in args.pixels:
-        call = _call(net, side, argparse.Namespace(precision=args.precision, train=False), device)
+        call = _call(net, side, argparse.Namespace(precision=args.precision, train=False, batch=1), device)
         times = time_breakdown(labels, call, args.repeats, device)
         macs = mac_breakdown(labels, call)
         total = sum(t.median for t in times.values())
@@ -292,7 +310,9 @@ def _settings(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.machine()
     return {
         'device': f'{device} ({name})',
-        'threads': torch.get_num_threads(),
+        'threads': ' and '.join(map(str, args.threads)) or torch.get_num_threads(),
+        'busy processes beside it': args.busy,
+        'batch': args.batch,
         'torch': torch.__version__,
         'precision': args.precision,
         'mode': 'training' if args.train else 'inference',

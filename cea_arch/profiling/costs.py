@@ -1,17 +1,15 @@
 """What a computation costs: multiply-accumulates, time, memory; each by a function of one measured call."""
 
 import gc
-import json
 import math
-import os
 import statistics
+import subprocess
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -135,39 +133,29 @@ def count_macs(call: Call) -> tuple[int, list[str]]:
 
 
 def peak_memory(call: Call, device: torch.device) -> int | None:
-    """Bytes of tensors, beyond those there before, at the moment when they are the most; ``None`` where unknown.
+    """Bytes of CUDA's tensors, beyond those there before, at the moment when they are the most; ``None`` elsewhere.
 
-    On CUDA by ``max_memory_allocated``; on a CPU by the allocations that torch's profiler notes. These are the same in
-    every run, while the size of a process depends on what the system's allocator keeps; oneDNN's and MKL's own
-    work space, small beside the tensors, is not in them.
+    What a process holds on a CPU depends on what the system's allocator keeps.
     """
-    if device.type == 'cuda':
-        gc.collect()
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
-    if device.type != 'cpu':
+    if device.type != 'cuda':
         return None
-    os.environ.setdefault('KINETO_LOG_LEVEL', '6')  # else the profiler reports itself
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        call()
-    with TemporaryDirectory() as folder:
-        trace = Path(folder) / 'trace.json'
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text('utf-8'))['traceEvents']
-    held: dict[int, int] = {}  # bytes by address; what was there before may go meanwhile, and does not count
-    now = peak = 0
-    for event in sorted((e for e in events if e.get('name') == '[memory]'), key=lambda e: e['ts']):
-        size, address = event['args']['Bytes'], event['args']['Addr']
-        if size > 0:
-            held[address] = size
-            now += size
-            peak = max(peak, now)
-        else:
-            now -= held.pop(address, 0)
-    return peak
+    gc.collect()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+@contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """Let so many other processes compute meanwhile, without end."""
+    others = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def by_type(net: nn.Module) -> dict[nn.Module, str]:

@@ -21,12 +21,11 @@ from cea_arch.profiling.costs import (
     count_macs,
     interleaved,
     mac_breakdown,
-    peak_memory,
 )
 
 CPU = torch.device('cpu')
 TINY = {'dim': 8, 'num_blocks': [1, 1, 1, 1]}
-COLUMNS = '| network | pixels | parameters | GMACs | ms | spread | ns per pixel | memory MiB | time to first |'
+COLUMNS = '| network | pixels | parameters | GMACs | ms | spread | ns per pixel | time to first |'
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
@@ -70,18 +69,6 @@ def test_attention_is_counted():
         macs, uncounted = count_macs(lambda: layer(torch.rand(1, 5, 8)))
     assert uncounted == []
     assert macs == 5 * (8 * 24 + 8 * 8 + 2 * 8 * 16) + 2 * 5 * 5 * 8
-
-
-def test_peak_memory_is_that_of_the_tensors():
-    x = torch.zeros(1000)  # of 4 bytes
-
-    def call():
-        y = x + 1
-        z = y + 1  # with y: the peak
-        del y
-        return z + 1
-
-    assert peak_memory(call, CPU) == pytest.approx(8000, abs=200)  # allocations end at whole units
 
 
 def test_a_breakdown_gives_each_module_its_own():
@@ -155,7 +142,7 @@ def test_a_table_of_networks(tmp_path, capsys):
     assert main([*words.split(), '--output', str(output)]) == 0
     printed = capsys.readouterr().out
     assert COLUMNS in printed.splitlines()
-    assert '| network | pixels | parameters more | GMACs more | memory more | time more |' in printed
+    assert '| network | pixels | parameters more | GMACs more | time more |' in printed
     figures = json.loads(output.read_text())
     names = ['CEA-IR-T', 'CEA-IR-T without CEA', 'mine', 'mine without CEA']
     assert [(row['network'], row['pixels']) for row in figures['networks']] == [
@@ -206,7 +193,7 @@ def test_training_costs_thrice_the_products(tmp_path):
 def test_a_table_of_the_layer(words, capsys):
     assert main(f'profile --layer --dim 8 --rank 2 --pixels 8 --repeats 1 --device cpu {words}'.split()) == 0
     lines = capsys.readouterr().out.splitlines()
-    header = '| part | C | r | pixels | MMACs | ms | spread | to projection | to block | memory MiB |'
+    header = '| part | C | r | pixels | MMACs | ms | spread | to projection | to block |'
     rows = [row.split(' | ') for row in lines[lines.index(header) + 2 :] if row.startswith('|')]
     assert [row[0] for row in rows] == [
         '| copy',
@@ -259,3 +246,28 @@ def test_an_image_that_a_network_refuses_is_named(tmp_path, capsys):
     file.write_text(yaml.safe_dump({'network_g': {'type': 'EDSR', 'num_in_ch': 1, 'num_out_ch': 1}}))
     assert main(f'profile -opt {file} --pixels 8 --device cpu'.split()) == 2
     assert 'cea profile: 8 x 8 pixels: ' in capsys.readouterr().err
+
+
+def test_numbers_of_threads_side_by_side_beside_other_work(capsys):
+    threads = torch.get_num_threads()
+    command = 'profile --size T --without-cea --pixels 16 --batch 2 --train --threads 1 2 --busy 1 --repeats 1'
+    assert main(command.split()) == 0
+    torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert 'threads 1 and 2, busy processes beside it 1, batch 2' in printed
+    rows = [line.split(' | ')[:3] for line in printed.splitlines() if line.startswith('| CEA-IR-T')]
+    names = ['| CEA-IR-T', '| CEA-IR-T', '| CEA-IR-T without CEA', '| CEA-IR-T without CEA', '| CEA-IR-T', '| CEA-IR-T']
+    assert [row[0] for row in rows] == names
+    assert [row[2] for row in rows] == ['1', '2', '1', '2', '1', '2']
+
+
+def test_starting_times(capsys):
+    assert main(['profile', '--start', '--repeats', '1']) == 0
+    printed = capsys.readouterr().out
+    names = [line.split(' | ')[0].strip('| ') for line in printed.splitlines()[2:]]
+    assert names[2:] == [
+        'python -c "import torch"',
+        'cea --help',
+        'cea restore --help',
+        'cea restore, a picture of 320 x 240',
+    ]
