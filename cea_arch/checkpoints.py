@@ -1,4 +1,4 @@
-"""Weights in files that explain themselves: read without running code, compared, merged, and written.
+"""Weights in files that explain themselves: read without running code, compared, and written.
 
 A file holds tensors by name, alone or, as BasicSR writes it, under ``params_ema`` and ``params``, and beside them the
 network's options, ``network_g`` as in an option file. A ``.safetensors`` file holds them as JSON in its metadata.
@@ -79,33 +79,6 @@ def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], label
         raise UserError(f'{label}: of {len(expected)} weights, {"; ".join(complaints)}.')
 
 
-def holds_layers_alone(weights: Mapping[str, Tensor]) -> bool:
-    """Whether these are CEA layers without their base, as a run with a frozen base stores them."""
-    return all('.cea.' in name for name in weights)
-
-
-def merge(base: str, cea: str, out: str) -> int:
-    """Write a whole checkpoint from a base network's and one that holds CEA layers alone; returns its weights' number.
-
-    ``out`` has the keys (``params``, ``params_ema``) and the names of ``cea``, so it loads where ``cea`` would.
-
-    Raises:
-        UserError: ``out`` exists, ``cea`` holds more than CEA layers, or layers of modules that ``base`` lacks.
-    """
-    if Path(out).exists():
-        raise UserError(f'{out} exists already.')
-    base_weights = weights_of(read_checkpoint(base), base)
-    content = read_checkpoint(cea)
-    keys = [key for key in WEIGHT_KEYS if key in content]
-    parts = {key: weights_of({key: content[key]}, cea) for key in keys} or {'params': weights_of(content, cea)}
-    merged = {key: _merged(base_weights, part, base, cea) for key, part in parts.items()}
-    options = content.get('network_g')
-    if isinstance(options, dict):
-        merged['network_g'] = options | {'pretrained_base': None}
-    write_checkpoint(merged, out)
-    return len(next(iter(merged.values())))
-
-
 def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike) -> None:
     """Save beside and rename, so that ``path`` is whole at all times; the suffix chooses the format.
 
@@ -123,22 +96,6 @@ def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike) -> Non
                 torch.save(dict(content), aside)
     except (OSError, RuntimeError) as error:  # torch raises the latter where the disk is full
         raise UserError(f'{path} could not be written: {error}') from error
-
-
-def _merged(base: dict[str, Tensor], cea: dict[str, Tensor], base_path: str, cea_path: str) -> dict[str, Tensor]:
-    prefix = 'base.' if all(name.startswith('base.') for name in cea) else ''
-    whole = {f'{prefix}{name}': value for name, value in base.items()}
-    for name in cea:
-        target, has_layer, _ = name.rpartition('.cea.')
-        if not has_layer:
-            raise UserError(f'{cea_path} holds more than CEA layers: {name}.')
-        # a target may have no weights of its own, such as an activation: then its parent has
-        parents = (f'{target}.', f'{target.rpartition(".")[0]}.')
-        if not any(key.startswith(parents) for key in whole) or name in whole:
-            raise UserError(
-                f'{cea_path} does not fit {base_path}, which has no module {target.removeprefix(prefix)!r}.'
-            )
-    return whole | cea
 
 
 def _read_safetensors(path: str | os.PathLike) -> dict[str, Any]:

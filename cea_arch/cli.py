@@ -272,7 +272,7 @@ def _modules(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    count = importlib.import_module('cea_arch.checkpoints').merge(args.base, args.cea, args.out)
+    count = importlib.import_module('cea_arch.networks.with_cea').merge(args.base, args.cea, args.out)
     print(f'{args.out}: {count} weights.')
 
 

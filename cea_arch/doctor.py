@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 import cea_arch
-from cea_arch.checkpoints import WEIGHT_KEYS, check_fit, holds_layers_alone, read_checkpoint, weights_of
+from cea_arch.checkpoints import WEIGHT_KEYS, check_fit, read_checkpoint, weights_of
 from cea_arch.compat import BASICSR, REMEDY, REPLACEMENTS, has_basicsr
 from cea_arch.networks.from_file import build_network, network_options
+from cea_arch.networks.with_cea import holds_layers_alone
 
 PACKAGES = ('torch', 'torchvision', 'numpy', 'opencv-python', 'pillow', 'scikit-image', 'lmdb', 'tqdm')
 EXTRAS = {

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cea_arch.checkpoints import check_fit, holds_layers_alone
-from cea_arch.errors import UserError, need
+from cea_arch.checkpoints import check_fit
+from cea_arch.errors import need
 from cea_arch.layers import cea_state_dict, inject_cea
 from cea_arch.networks.cea_ir import CEAIR, NUM_LEVELS, STAGES, named_size
 from cea_arch.networks.from_file import load_network
+from cea_arch.networks.with_cea import need_whole
 from cea_arch.restoring.fitting import find_fit
 
 spandrel = need('spandrel', 'spandrel', 'This module')
@@ -77,8 +78,7 @@ class WithCEAArch(spandrel.Architecture[nn.Module]):
 
     def load(self, state_dict: Mapping[str, Any]) -> spandrel.ImageModelDescriptor[nn.Module]:
         """As spandrel asks; UserError for CEA layers alone, UnsupportedModelError for a base that it does not know."""
-        if holds_layers_alone(state_dict):
-            raise UserError('these are CEA layers alone; `cea merge base.pth cea.pth whole.pth` makes a whole file.')
+        need_whole(state_dict, 'cea.pth')
         weights = {name.removeprefix('base.'): value for name, value in state_dict.items()}
         base = spandrel.MAIN_REGISTRY.load({name: value for name, value in weights.items() if '.cea.' not in name})
         pattern, replacement = RENAMED.get(base.architecture.id, ('', ''))

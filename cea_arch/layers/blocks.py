@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cea_arch.layers.cea import HyperAdapter
+from cea_arch.layers.hyper_adapter import HyperAdapter
 from cea_arch.layers.image_wide import Core, ImageWide, Statistics, mean_of, merge_means
 from cea_arch.layers.tokens import ChannelNorm
 

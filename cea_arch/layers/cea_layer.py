@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from cea_arch.layers.cea import HyperAdapter, Parts, assemble
+from cea_arch.layers.cea import Parts, assemble
+from cea_arch.layers.hyper_adapter import HyperAdapter
 from cea_arch.layers.tokens import LAYOUTS, as_tokens, from_tokens
 
 

@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from cea_arch.checkpoints import check_fit, holds_layers_alone, read_checkpoint, weights_of
+from cea_arch.checkpoints import check_fit, read_checkpoint, weights_of
 from cea_arch.compat import has_basicsr, registry
 from cea_arch.errors import UserError, lookup
 from cea_arch.networks.cea_ir import CEAIR, SIZES, named_size
+from cea_arch.networks.with_cea import need_whole
 
 
 def build_network(options: Mapping[str, Any]) -> nn.Module:
@@ -59,8 +60,7 @@ def load_network(path: str | os.PathLike) -> nn.Module:
 def network_in(content: Mapping[str, Any], path: str | os.PathLike) -> nn.Module:
     """As :func:`load_network`, from the content of the file."""
     weights = weights_of(content, path)
-    if holds_layers_alone(weights):
-        raise UserError(f'{path} holds CEA layers alone; `cea merge base.pth {path} whole.pth` makes a whole file.')
+    need_whole(weights, path)
     options = network_options(content, path)
     net = build_network(options)
     check_fit(net.state_dict(), weights, f'{path} does not fit {options.get("type")}')

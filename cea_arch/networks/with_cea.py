@@ -1,11 +1,13 @@
-"""WithCEA: any registered network with CEA layers inside, by an option file alone."""
+"""WithCEA: any registered network with CEA layers inside; and files that hold these layers without their base."""
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from cea_arch.checkpoints import check_fit, read_checkpoint, weights_of
+from cea_arch.checkpoints import WEIGHT_KEYS, check_fit, read_checkpoint, weights_of, write_checkpoint
 from cea_arch.compat import registry
 from cea_arch.errors import UserError, lookup
 from cea_arch.layers import cea_parameters, cea_state_dict, inject_cea
@@ -112,3 +114,52 @@ def auto_targets(kind: str) -> list[str]:
             f'targets: auto knows {", ".join(AUTO_TARGETS)}, not {kind}. Name the modules; cea modules -opt lists them.'
         )
     return AUTO_TARGETS[kind]
+
+
+def holds_layers_alone(weights: Mapping[str, Tensor]) -> bool:
+    """Whether these are CEA layers without their base, as a run with a frozen base stores them."""
+    return all('.cea.' in name for name in weights)
+
+
+def need_whole(weights: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """Raise UserError if the weights of the file ``path`` are CEA layers alone."""
+    if holds_layers_alone(weights):
+        raise UserError(f'{path} holds CEA layers alone; `cea merge base.pth {path} whole.pth` makes a whole file.')
+
+
+def merge(base: str, cea: str, out: str) -> int:
+    """Write a whole checkpoint from a base network's and one that holds CEA layers alone; returns its weights' number.
+
+    ``out`` has the keys (``params``, ``params_ema``) and the names of ``cea``, so it loads where ``cea`` would.
+
+    Raises:
+        UserError: ``out`` exists, ``cea`` holds more than CEA layers, or layers of modules that ``base`` lacks.
+    """
+    if Path(out).exists():
+        raise UserError(f'{out} exists already.')
+    base_weights = weights_of(read_checkpoint(base), base)
+    content = read_checkpoint(cea)
+    keys = [key for key in WEIGHT_KEYS if key in content]
+    parts = {key: weights_of({key: content[key]}, cea) for key in keys} or {'params': weights_of(content, cea)}
+    merged = {key: _merged(base_weights, part, base, cea) for key, part in parts.items()}
+    options = content.get('network_g')
+    if isinstance(options, dict):
+        merged['network_g'] = options | {'pretrained_base': None}
+    write_checkpoint(merged, out)
+    return len(next(iter(merged.values())))
+
+
+def _merged(base: dict[str, Tensor], cea: dict[str, Tensor], base_path: str, cea_path: str) -> dict[str, Tensor]:
+    prefix = 'base.' if all(name.startswith('base.') for name in cea) else ''
+    whole = {f'{prefix}{name}': value for name, value in base.items()}
+    for name in cea:
+        target, has_layer, _ = name.rpartition('.cea.')
+        if not has_layer:
+            raise UserError(f'{cea_path} holds more than CEA layers: {name}.')
+        # a target may have no weights of its own, such as an activation: then its parent has
+        parents = (f'{target}.', f'{target.rpartition(".")[0]}.')
+        if not any(key.startswith(parents) for key in whole) or name in whole:
+            raise UserError(
+                f'{cea_path} does not fit {base_path}, which has no module {target.removeprefix(prefix)!r}.'
+            )
+    return whole | cea

@@ -16,10 +16,10 @@ import torch
 from basicsr.models import build_model
 
 from cea_arch import distributed
-from cea_arch.checkpoints import check_fit, holds_layers_alone, read_checkpoint, weights_of
+from cea_arch.checkpoints import check_fit, read_checkpoint, weights_of
 from cea_arch.metrics.protocols import PROTOCOLS
 from cea_arch.models.cea_model import CEAModel
-from cea_arch.networks.with_cea import WithCEA
+from cea_arch.networks.with_cea import WithCEA, holds_layers_alone
 from cea_arch.training.loaders import training_loader
 from cea_arch.training.options import Parts, check_options, read_options
 from cea_arch.training.pipeline import parsed_options

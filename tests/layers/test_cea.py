@@ -10,7 +10,8 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cea_arch.layers import CEALayer, HyperAdapter, assemble, merge, rank_norm
-from cea_arch.layers.cea import FACTORS, ROUTINGS, top_k
+from cea_arch.layers.cea import ROUTINGS, top_k
+from cea_arch.layers.hyper_adapter import FACTORS
 from cea_arch.layers.tokens import LAYOUTS, ChannelNorm
 
 DIM, WIDE, RANK = 12, 20, 4

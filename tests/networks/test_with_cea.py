@@ -11,11 +11,11 @@ from basicsr.archs import build_network
 from basicsr.utils.registry import ARCH_REGISTRY
 from torch import nn
 
-from cea_arch.checkpoints import merge, read_checkpoint
+from cea_arch.checkpoints import read_checkpoint
 from cea_arch.cli import main
 from cea_arch.errors import UserError
 from cea_arch.layers import cea_parameters, cea_state_dict, inject_cea
-from cea_arch.networks.with_cea import AUTO_TARGETS, WithCEA
+from cea_arch.networks.with_cea import AUTO_TARGETS, WithCEA, merge
 from tests.conftest import ROOT
 from tests.layers.test_inject import ARCHS, awaken, build, options_of, write_base
 
@@ -153,7 +153,7 @@ def test_modules_are_listed_before_any_target_is_chosen(tmp_path, capsys):
     opt['network_g'] = {'type': 'EDSRR'}
     (tmp_path / 'o.yml').write_text(yaml.safe_dump(opt))
     assert main(['modules', '-opt', str(tmp_path / 'o.yml')]) == 2
-    assert "cea modules: network_g.type: 'EDSRR' is not known. Did you mean 'EDSR'?" in capsys.readouterr().err
+    assert "o.yml, line 6: network_g.type: 'EDSRR' is not known. Did you mean 'EDSR'?" in capsys.readouterr().err
 
 
 def test_networks_of_other_channels_and_sizes():

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import cea_arch
-from cea_arch.checkpoints import merge, write_checkpoint
+from cea_arch.checkpoints import write_checkpoint
 from cea_arch.cli import main
 from cea_arch.errors import UserError
-from cea_arch.networks.with_cea import WithCEA
+from cea_arch.networks.with_cea import WithCEA, merge
 from cea_arch.restoring.fitting import Fit, find_fit
 from cea_arch.restoring.pictures import Picture, read_picture, write_picture
 from cea_arch.restoring.restorer import Restorer

@@ -14,7 +14,8 @@ from basicsr.models import build_model
 from tests.layers.test_inject import awaken, build, options_of, write_base
 from torch.nn.parallel import DistributedDataParallel
 
-from cea_arch.checkpoints import merge, read_checkpoint
+from cea_arch.checkpoints import read_checkpoint
+from cea_arch.networks.with_cea import merge
 from cea_arch.cli import main
 from cea_arch.data.lmdb_writer import write_lmdb
 from cea_arch.layers import cea_parameters, cea_state_dict
