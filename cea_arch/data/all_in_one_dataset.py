@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from cea_arch.data.degradations import ORDER, defocus, gaussian_noise, jpeg, quantize, synthesize
+from cea_arch.data.augmentations import AUGMENT_RULE, augment, shrink
+from cea_arch.data.degradations import ORDER, TASKS, defocus, gaussian_noise, jpeg, quantize, synthesize
 from cea_arch.data.image_store import ImageStore
 from cea_arch.data.pairing import pair_keys
 from cea_arch.errors import UserError
@@ -23,6 +24,7 @@ _COMMON = {
     'io_backend': section({'type': one_of('disk', 'lmdb')}, ['type']),
     'repeat': whole(),
 }
+_READ = _COMMON | {'augment': AUGMENT_RULE}  # of sources that are degraded as they are read
 _STRENGTHS = {  # degradations of one strength, drawn from a list: the option, its default, the rule for each value
     'gaussian_noise': ('sigmas', [15, 25, 50], number(minimum=0)),
     'defocus': ('radii', [2], number(minimum=0)),
@@ -38,22 +40,22 @@ def _one_or_several(degradation: str) -> dict[str, Rule]:
 SOURCE_RULES = {
     'paired': section(_COMMON | {'dataroot_lq': TEXT}, ['dataroot_gt', 'dataroot_lq']),
     'synthetic': section(
-        _COMMON
-        | {'tasks': list_of(one_of(*ORDER)), 'num_tasks': either(whole(), list_of(whole(), 2, 2)), 'vary': FLAG},
+        _READ | {'tasks': list_of(one_of(*ORDER)), 'num_tasks': either(whole(), list_of(whole(), 2, 2)), 'vary': FLAG},
         ['dataroot_gt'],
     ),
     'gaussian_noise': section(
-        _COMMON | _one_or_several('gaussian_noise') | {'quantize': one_of('trunc', 'round')}, ['dataroot_gt']
+        _READ | _one_or_several('gaussian_noise') | {'quantize': one_of('trunc', 'round')}, ['dataroot_gt']
     ),
-    'defocus': section(_COMMON | _one_or_several('defocus'), ['dataroot_gt']),
-    'jpeg': section(_COMMON | _one_or_several('jpeg'), ['dataroot_gt']),
-    'downscale': section(_COMMON | {'scale': whole()}, ['dataroot_gt', 'scale']),
+    'defocus': section(_READ | _one_or_several('defocus'), ['dataroot_gt']),
+    'jpeg': section(_READ | _one_or_several('jpeg'), ['dataroot_gt']),
+    'downscale': section(_READ | {'scale': whole()}, ['dataroot_gt', 'scale']),
 }
 DATASET_RULES = {
     'sources': {'type': 'object', 'minProperties': 1, 'additionalProperties': typed(SOURCE_RULES, 'degradation')},
     'gt_size': whole(),
     'use_hflip': FLAG,
     'use_rot': FLAG,
+    'shrink': number(minimum=0, maximum=1),
     'seed': whole(0),
     'crop_base': whole(),
 }
@@ -66,6 +68,7 @@ class Source:
         self.name = name
         self.degradation = opt['degradation']
         self.repeat = opt.get('repeat', 1)
+        self.augment = opt.get('augment')
         self.gt = ImageStore(opt['dataroot_gt'], opt.get('io_backend'), f'{label}.dataroot_gt')
         self.lq = None
         self.pairs = [(key, key) for key in self.gt.sizes]
@@ -114,7 +117,7 @@ class Source:
             self.strengths = [float(value) for value in (given if isinstance(given, list) else [given])]
             self.quantize = opt.get('quantize', 'trunc')
         elif self.degradation == 'synthetic':
-            self.tasks = list(opt.get('tasks', ORDER))
+            self.tasks = list(opt.get('tasks', TASKS))
             number = opt.get('num_tasks', [1, len(self.tasks)])
             self.num_tasks = number if isinstance(number, list) else [number, number]
             if not 1 <= self.num_tasks[0] <= self.num_tasks[-1] <= len(self.tasks):
@@ -138,16 +141,21 @@ class AllInOneDataset(Dataset):
                 :func:`cea_arch.data.pairing.pair_keys`.
                 ``gaussian_noise``: ``sigmas`` (8-bit levels, one or a list to draw from), ``quantize``: ``trunc`` (the
                 literature's clip and truncate, default) or ``round``.
-                ``synthetic``: ``tasks`` (of ``low_light, rain, snow, haze, blur, noise``), ``num_tasks`` (how many of
-                them act at once: a number or ``[least, most]``), ``vary`` (strength varies over the image, default).
+                ``synthetic``: ``tasks`` (of ``ORDER``, by default ``low_light, rain, snow, haze, blur, noise``),
+                ``num_tasks`` (how many of them act at once: a number or ``[least, most]``), ``vary`` (strength varies
+                over the image, default).
                 ``defocus``: ``radii`` of the disk, in pixels; ``jpeg``: ``qualities`` of 1 to 100; one or a list.
                 ``downscale``: ``scale``, the factor by which the degraded image is smaller; bicubic as MATLAB's, the
                 literature's way for super-resolution. Crops must be multiples of it, whole images are cropped so.
             dataroot_gt: Folder or ``.lmdb`` of clean images.
             io_backend: ``{type: disk}`` or ``{type: lmdb}``, for both roots.
+            augment: In training, changes of clean images that are degraded as they are read, see
+                :func:`cea_arch.data.augmentations.augment`.
             repeat: How often each image counts in an epoch (default 1).
         gt_size: Side of the square training crop, in pixels.
         use_hflip, use_rot: Random flips; random rotations by 90 degrees (both default to true).
+        shrink: In training, the share of samples that are reduced before they are cropped, by a random factor up to
+            that with which the whole image is in the crop (default 0): haze and low light are read from whole scenes.
         seed: For evaluation (default 0).
         crop_base: In evaluation, images are centre-cropped to multiples of it (16 in the AIO literature; default 1).
 
@@ -187,7 +195,11 @@ class AllInOneDataset(Dataset):
         images = [gt] if lq is None else [gt, lq]
         if self.train:
             rng = np.random.default_rng(int(torch.randint(2**62, ())))
-            images = self._crop_and_augment(images, rng)
+            if self.opt.get('shrink') and rng.random() < self.opt['shrink']:
+                images = shrink(images, rng, self.gt_size)
+            images = self._crop(images, rng)
+            if source.augment:
+                images = [augment(images[0], source.augment, rng)]
         else:
             name = gt_key.rpartition('/')[2]
             rng = evaluation_rng(self.opt.get('seed', 0), name, source.identity()) if lq is None else None
@@ -228,7 +240,7 @@ class AllInOneDataset(Dataset):
                         '(height x width). Lower gt_size or remove the image.'
                     )
 
-    def _crop_and_augment(self, images: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+    def _crop(self, images: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
         top, left = (int(rng.integers(size - self.gt_size, endpoint=True)) for size in images[0].shape[:2])
         window = (slice(top, top + self.gt_size), slice(left, left + self.gt_size))
         flip, flop = (self.opt.get('use_hflip', True) and rng.random() < 0.5 for _ in range(2))

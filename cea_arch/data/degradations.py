@@ -3,9 +3,9 @@
 Images are RGB float64 ``(H, W, 3)`` in [0, 1], maps float64 ``(H, W)`` in [0, 1]; results are neither clipped nor
 quantised unless said so, see :func:`quantize`. Float64 keeps the 8-bit results the same on every platform.
 
-Low light, rain, snow and haze follow the formulas with which the CDD-11 benchmark was made; so does their order. Blur
-and noise come after them, as optics and sensor do (our choice). Streaks, flakes and depth are drawn by plain generators
-of our own, since the benchmark's masks and depth maps are not public.
+Low light, rain, snow and haze follow the formulas with which the CDD-11 benchmark was made; so does their order. Blur,
+noise and compression come after them, as optics, sensor and file do (our choice). Streaks, flakes and depth are drawn
+by plain generators of our own, since the benchmark's masks and depth maps are not public.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,8 @@ import numpy as np
 from numpy.random import Generator
 
 Array = np.ndarray
-ORDER = ('low_light', 'rain', 'snow', 'haze', 'blur', 'noise')
+TASKS = ('low_light', 'rain', 'snow', 'haze', 'blur', 'noise')  # what synthesize knows, and draws from by default
+ORDER = (*TASKS[:5], 'defocus', 'jpeg_before', 'shot_noise', 'chroma_noise', 'noise', 'jpeg')  # all that it knows
 LUMA = np.array([0.299, 0.587, 0.114])  # Rec. 601, RGB
 
 
@@ -28,6 +29,18 @@ def quantize(img: Array, mode: str = 'round') -> Array:
 def gaussian_noise(img: Array, sigma: float, rng: Generator) -> Array:
     """Add independent noise of standard deviation ``sigma``, in 8-bit levels, to every pixel and channel."""
     return img + sigma / 255 * rng.standard_normal(img.shape)
+
+
+def shot_noise(img: Array, sigma: float | Array, rng: Generator) -> Array:
+    """Add noise as of counted photons: its variance grows with brightness, to ``sigma`` (8-bit levels) at white."""
+    return img + sigma / 255 * np.sqrt(np.clip(img, 0, 1)) * rng.standard_normal(img.shape)
+
+
+def chroma_noise(img: Array, sigma: float | Array, rng: Generator) -> Array:
+    """Add coloured blotches a few pixels wide, of no luminance and standard deviation ``sigma`` in 8-bit levels."""
+    noise = cv2.GaussianBlur(rng.standard_normal(img.shape), (7, 7), 1.2)
+    noise -= (noise @ LUMA)[..., None]
+    return img + sigma / 255 * noise / noise.std()
 
 
 def low_light(img: Array, gamma: float | Array, sigma: float | Array, rng: Generator) -> Array:
@@ -185,13 +198,34 @@ def _draw_noise(img: Array, strength: Array, rng: Generator) -> Array:
     return gaussian_noise(img, strength * rng.uniform(5, 50), rng)
 
 
+def _draw_defocus(img: Array, strength: Array, rng: Generator) -> Array:
+    return img + strength * (defocus(img, rng.uniform(0.5, 3)) - img)
+
+
+def _draw_shot_noise(img: Array, strength: Array, rng: Generator) -> Array:
+    return shot_noise(img, strength * rng.uniform(5, 60), rng)
+
+
+def _draw_chroma_noise(img: Array, strength: Array, rng: Generator) -> Array:
+    return chroma_noise(img, strength * rng.uniform(3, 20), rng)
+
+
+def _draw_jpeg(img: Array, strength: Array, rng: Generator) -> Array:
+    return jpeg(img, rng.uniform(10, 95))
+
+
 _DRAW: dict[str, Callable[[Array, Array, Generator], Array]] = {
     'low_light': _draw_low_light,
     'rain': _draw_rain,
     'snow': _draw_snow,
     'haze': _draw_haze,
     'blur': _draw_blur,
+    'defocus': _draw_defocus,
+    'jpeg_before': _draw_jpeg,
+    'shot_noise': _draw_shot_noise,
+    'chroma_noise': _draw_chroma_noise,
     'noise': _draw_noise,
+    'jpeg': _draw_jpeg,
 }
 
 

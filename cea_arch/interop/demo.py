@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from cea_arch.data.degradations import ORDER, quantize, synthesize
+from cea_arch.data.degradations import TASKS, quantize, synthesize
 from cea_arch.errors import UserError, need
 from cea_arch.restoring.maps import RoutingMaps, draw_maps
 from cea_arch.restoring.pictures import as_rgb8, read_picture, write_picture
 from cea_arch.restoring.restorer import Restorer, enlarged, restore
 from cea_arch.restoring.tiling import keep_freed_memory
 
-CHOICES = [(name.replace('_', ' '), name) for name in ORDER]
+CHOICES = [(name.replace('_', ' '), name) for name in TASKS]
 MAPS_NOTE = (
     'Routing: a panel for each component of the last CEA layer; red pixels take it, blue ones with the opposite sign.'
 )
@@ -92,7 +92,7 @@ def build_page(restorer: Restorer, folder: Path) -> Any:
 def restore_upload(
     restorer: Restorer, path: str | None, tasks: list[str], seed: int, folder: Path
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, Path]:
-    """Restore a picture file, degraded first by ``tasks`` of :data:`cea_arch.data.degradations.ORDER` if there are any.
+    """Restore a picture file, degraded first by ``tasks`` of :data:`cea_arch.data.degradations.TASKS` if there are any.
 
     Returns:
         The picture before and after, RGB uint8 of equal size; the sheet of routing maps, ``None`` for a network

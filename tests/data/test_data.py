@@ -239,7 +239,7 @@ def test_a_crop_larger_than_an_image_is_named(image_folder):
         ({'degradation': 'jpeg', 'qualities': [20, 0]}, r'qualities\[1\] must be .*, got 0'),
         ({'degradation': 'defocus', 'radii': -1}, 'radii must be .*, got -1'),
         ({'degradation': 'gaussian_noise', 'repeat': 0}, 'repeat must be a whole number of at least 1, got 0'),
-        ({'degradation': 'synthetic', 'tasks': ['fog']}, r"tasks\[0\] must be one of low_light, .*, got 'fog'"),
+        ({'degradation': 'synthetic', 'tasks': ['fog']}, r"tasks\[0\]: 'fog' is not known. Known: blur"),
         ({'degradation': 'synthetic', 'tasks': ['rain'], 'num_tasks': 2}, 'num_tasks must lie in 1 to 1'),
         ({'degradation': 'gaussian_noise', 'dataroot_gt': 'nowhere'}, "folder 'nowhere' does not exist"),
         (

@@ -1,0 +1,89 @@
+"""What is done to clean pictures before they are degraded."""
+
+import numpy as np
+import pytest
+
+from cea_arch.data.all_in_one_dataset import AllInOneDataset
+from cea_arch.data.augmentations import augment, grey, saturate, shrink, tone
+from cea_arch.data.degradations import LUMA, chroma_noise, shot_noise
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def image(rng):
+    return rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+
+
+def test_colours_and_tones(rng):
+    img = rng.random((5, 7, 3)) * 0.4 + 0.3
+    assert np.ptp(grey(img), axis=2).max() == 0
+    np.testing.assert_allclose(grey(img)[..., 0], img @ LUMA)
+    np.testing.assert_allclose(saturate(img, 1), img)
+    np.testing.assert_allclose(saturate(img, 0), grey(img))
+    np.testing.assert_allclose(saturate(img, 1.2) @ LUMA, img @ LUMA)
+    np.testing.assert_allclose(tone(img, 0.5, 2), (img / 2) ** 2)
+    assert tone(img, 10, 0.5).max() == 1
+
+
+def test_options_choose_what_is_done(rng, image):
+    assert augment(image, {}, rng) is image
+    reordered = augment(image, {'channels': 1}, np.random.default_rng(1))
+    assert not np.array_equal(reordered, image)
+    np.testing.assert_array_equal(np.sort(reordered, 2), np.sort(image, 2))
+    greyed = augment(image, {'grey': 1}, rng)
+    assert greyed.dtype == np.uint8
+    assert np.ptp(greyed, axis=2).max() == 0
+    darker = augment(image, {'tone': 1, 'brightness': [0.2, 0.3]}, rng)
+    assert 0.15 < darker.mean() / image.mean() < 0.35
+    wide = augment(image.astype(np.uint16) * 257, {'tone': 1, 'gamma': [1.9, 2.1]}, rng)
+    np.testing.assert_allclose(wide, 255 * (image / 255) ** 2, atol=12)
+
+
+def test_about_as_many_as_asked_for(rng, image):
+    counts = np.zeros(3)
+    for _ in range(400):
+        found = augment(image, {'channels': 0.6, 'grey': 0.2, 'tone': 0.5, 'brightness': [0.3, 0.5]}, rng)
+        counts += [np.ptp(found, axis=2).max() == 0, found.mean() < 100, found is image]
+    np.testing.assert_allclose(counts / 400, [0.2, 0.5, 0.16], atol=0.08)
+
+
+def test_shrunk_images_show_more_and_keep_their_tone(rng, image):
+    pair = [np.kron(image, np.ones((4, 4, 1), np.uint8)), np.full((160, 240, 3), 999, np.uint16)]
+    sizes = set()
+    for _ in range(50):
+        small, other = shrink(pair, rng, 32)
+        assert small.shape == other.shape
+        assert min(small.shape[:2]) >= 32
+        assert abs(small.mean() - image.mean()) < 2
+        assert (other == 999).all()
+        sizes.add(small.shape[0])
+    assert min(sizes) < 45
+    assert max(sizes) > 130
+
+
+def test_noise_of_photons_and_of_colour(rng):
+    img = np.broadcast_to(np.array([0.0, 0.25, 1.0])[:, None, None], (3, 20000, 3))
+    deviation = (shot_noise(img, 20, rng) - img).std((1, 2)) * 255
+    np.testing.assert_allclose(deviation, [0, 10, 20], rtol=0.02)
+    img = np.full((200, 200, 3), 0.5)
+    noise = chroma_noise(img, 10, rng) - img
+    assert noise.std() * 255 == pytest.approx(10)
+    assert abs(noise @ LUMA).max() < 1e-12
+    assert np.corrcoef(noise[:, 1:, 0].ravel(), noise[:, :-1, 0].ravel())[0, 1] > 0.5
+
+
+def test_a_training_uses_them_and_an_evaluation_does_not(image_folder):
+    folder = image_folder('clean', ['a'], (60, 80))
+    source = {'degradation': 'gaussian_noise', 'sigmas': 0, 'dataroot_gt': str(folder), 'augment': {'grey': 1}}
+    opt = {'name': 't', 'sources': {'x': source}, 'gt_size': 32, 'shrink': 1}
+    sample = AllInOneDataset(opt | {'phase': 'train'})[0]
+    assert sample['gt'].shape == (3, 32, 32)
+    assert np.ptp(sample['gt'].numpy(), axis=0).max() == 0
+    assert np.array_equal(sample['gt'], sample['lq'])
+    whole = AllInOneDataset(opt | {'phase': 'val'})[0]
+    assert whole['gt'].shape == (3, 60, 80)
+    assert np.ptp(whole['gt'].numpy(), axis=0).max() > 0
