@@ -3,11 +3,11 @@
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 SET_BY_USERS = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OMP_THREAD_LIMIT')
 ROUNDS = 4  # pieces of work for each number of threads, of which the first does not count
@@ -17,7 +17,7 @@ WORTH = 1.1  # more threads are taken where fewer need so many times as long: ot
 class ThreadChooser:
     """Lets pieces of work run with different numbers of threads in turn, and then all with the best one.
 
-    Between ``start()`` and ``stop(amount)`` is a piece. What users have set by the variables of ``SET_BY_USERS`` stays.
+    What users have set by the variables of ``SET_BY_USERS`` stays.
 
     Args:
         told: Called once with a sentence, when the choice is made.
@@ -35,27 +35,28 @@ class ThreadChooser:
         while self.numbers[-1] > 1:
             self.numbers.append(self.numbers[-1] // 2)
         self.seconds: list[float] = []
-        self.began = 0.0
         self.fixed = not choose or any(name in os.environ for name in SET_BY_USERS)
         self.chosen: int | None = most if self.fixed or most == 1 else None
 
-    def start(self) -> None:
-        """Set the number of threads for the piece of work that begins."""
-        if self.chosen is None:
-            torch.set_num_threads(self.numbers[len(self.seconds) % len(self.numbers)])
-            self.began = time.perf_counter()
-
-    def stop(self, amount: float = 1) -> None:
-        """Note the time of the piece that ends, and choose after the last one."""
+    @contextmanager
+    def piece(self, amount: float = 1) -> Iterator[None]:
+        """Let a piece of work run; where it fails it does not count."""
         if self.chosen is not None:
+            yield
             return
-        self.seconds.append((time.perf_counter() - self.began) / amount)
+        torch.set_num_threads(self.numbers[len(self.seconds) % len(self.numbers)])
+        began = time.perf_counter()
+        yield
+        self.seconds.append((time.perf_counter() - began) / amount)
         if len(self.seconds) == ROUNDS * len(self.numbers):
-            count = len(self.numbers)
-            medians = {n: statistics.median(self.seconds[count + i :: count]) for i, n in enumerate(self.numbers)}
-            self.take(min(n for n in self.numbers if medians[n] <= WORTH * min(medians.values())))
-            words = ', '.join(f'{medians[n] / medians[self.chosen]:.2f} with {n}' for n in self.numbers)
-            self.told(f'Threads: {self.chosen}, chosen by time ({words}); OMP_NUM_THREADS sets another number.')
+            self._choose()
+
+    def _choose(self) -> None:
+        count = len(self.numbers)
+        medians = {n: statistics.median(self.seconds[count + i :: count]) for i, n in enumerate(self.numbers)}
+        self.take(min(n for n in self.numbers if medians[n] <= WORTH * min(medians.values())))
+        words = ', '.join(f'{medians[n] / medians[self.chosen]:.2f} with {n}' for n in self.numbers)
+        self.told(f'Threads: {self.chosen}, chosen by time ({words}); OMP_NUM_THREADS sets another number.')
 
     def take(self, number: int) -> None:
         """Choose ``number``."""
@@ -74,8 +75,3 @@ class ThreadChooser:
             self.take(state['chosen'])
         elif state['numbers'] == self.numbers:
             self.seconds = list(state['seconds'])
-
-    def watch(self, net: nn.Module) -> None:
-        """Let each call of ``net`` be a piece of work, in amount the numbers of its first input."""
-        net.register_forward_pre_hook(lambda *_: self.start())
-        net.register_forward_hook(lambda _, inputs, output: self.stop(inputs[0].numel()))

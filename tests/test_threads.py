@@ -2,11 +2,13 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from cea_arch.cli import main
+from cea_arch.restoring.restorer import Restorer, restore
 from cea_arch.threads import ROUNDS, ThreadChooser
 
 
@@ -24,10 +26,9 @@ class Machine:
         return ThreadChooser(self.said.append, **options)
 
     def work(self, chooser, amount=1.0):
-        chooser.start()
-        used = self.threads
-        self.now += amount * self.seconds[used]
-        chooser.stop(amount)
+        with chooser.piece(amount):
+            used = self.threads
+            self.now += amount * self.seconds[used]
         return used
 
 
@@ -84,7 +85,7 @@ def test_the_choice_and_its_measurement_go_on(monkeypatch):
     assert fourth.chosen is None
 
 
-def test_calls_of_a_network_are_timed_by_their_size(monkeypatch):
+def test_tiles_are_timed_by_their_size(monkeypatch):
     machine = Machine(monkeypatch, 2, {})
 
     class Net(nn.Module):
@@ -92,12 +93,19 @@ def test_calls_of_a_network_are_timed_by_their_size(monkeypatch):
             machine.now += x.numel() * (3 if machine.threads == 2 else 2)
             return x
 
-    net, chooser = Net(), machine.chooser()
-    chooser.watch(net)
-    for side in range(1, 9):
-        net(torch.zeros(1, 3, side, side))
-    assert chooser.seconds == 4 * [3, 2]
-    assert chooser.chosen == 1
+    restorer = Restorer(Net(), 'cpu', tile='auto')
+    restorer.threads = machine.chooser()
+    for side in range(64, 72):
+        restore(np.zeros((side, side, 3), np.uint8), restorer)
+    assert restorer.threads.seconds == 4 * [3, 2]
+    assert restorer.threads.chosen == 1
+
+
+def test_work_that_fails_does_not_count(monkeypatch):
+    chooser = Machine(monkeypatch, 2, {}).chooser()
+    with pytest.raises(MemoryError), chooser.piece():
+        raise MemoryError
+    assert chooser.seconds == []
 
 
 def test_threads_do_not_spin_long_unless_told_to(monkeypatch):

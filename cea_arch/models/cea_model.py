@@ -137,9 +137,8 @@ class CEAModel(ValidatedModel):
     def optimize_parameters(self, current_iter: int) -> None:
         """One step on one batch; what the network draws follows from the seed, the process and the iteration."""
         seed_all(self.opt['manual_seed'], self.opt['rank'], current_iter)
-        self.threads.start()
-        losses, stepped = self.step.run(self.net_g, self.optimizer_g, (self.lq, self.gt), self.losses)
-        self.threads.stop()
+        with self.threads.piece():
+            losses, stepped = self.step.run(self.net_g, self.optimizer_g, (self.lq, self.gt), self.losses)
         self.log_dict = distributed.means(losses | {'stop': float(self.stop_asked is not None)}, self.device)
         stop = self.log_dict.pop('stop') > 0  # asked of any process
         if not stepped:

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             lambda tile, total: bar.set_postfix_str(f'tile {tile} of {total}') if total > 1 else None,
         )
         if restorer.device.type == 'cpu':
-            ThreadChooser().watch(restorer.net)
+            restorer.threads = ThreadChooser()
         if args.maps:
             restorer.maps = RoutingMaps(restorer.net, None if args.maps == 'last' else args.maps)
         for job in jobs:

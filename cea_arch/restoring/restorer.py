@@ -28,6 +28,7 @@ from cea_arch.restoring.tiling import (
     is_out_of_memory,
     restore_tiled,
 )
+from cea_arch.threads import ThreadChooser
 
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 CONDITIONINGS = ('whole', 'tile')
@@ -63,6 +64,7 @@ class Restorer:
 
     Attributes:
         maps: A :class:`cea_arch.restoring.maps.RoutingMaps` of the network, to be filled by each call; none by default.
+        threads: Chooses their number on a CPU by timing tiles, for the whole process; none by default.
 
     Raises:
         UserError: A word or size that is not possible, or a file that is no model.
@@ -96,6 +98,7 @@ class Restorer:
         self.conditioning = conditioning
         self.progress = progress
         self.maps: RoutingMaps | None = None
+        self.threads: ThreadChooser | None = None
 
     @cached_property
     def fit(self) -> Fit:
@@ -168,7 +171,8 @@ class Restorer:
         return restored.cpu()
 
     def _forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        timed = self.threads.piece(x.numel()) if self.threads else nullcontext()
+        with timed, torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.fit.run(self.net, x).float()
 
 
