@@ -30,11 +30,9 @@ def starting_times(repeats: int) -> list[dict[str, Any]]:
             'cea restore, a picture of 320 x 240': [*cea, *restore],
         }
         seconds: dict[str, list[float]] = {name: [] for name in commands}
-        for number in range(repeats + 1):  # the first one fills the system's cache
+        for _ in range(repeats):
             for name, command in commands.items():
-                taken = _processor_time(command)
-                if number:
-                    seconds[name].append(taken)
+                seconds[name].append(_processor_time(command))
     first = seconds['python -c "import torch"']
     return [
         {

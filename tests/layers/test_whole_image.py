@@ -225,7 +225,7 @@ def test_the_memory_of_a_freed_tensor_serves_the_next_however_large():
 import resource, torch
 from cea_arch.restoring.tiling import keep_freed_memory
 keep_freed_memory()
-for _ in range(10):  # small things of torch's may come to lie behind the first ones
+for _ in range(7):  # small things of torch's may come to lie behind the first ones
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(1100 * 2**18)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
