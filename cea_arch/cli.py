@@ -174,6 +174,9 @@ def _add_restore(commands: argparse._SubParsersAction) -> None:
         default='whole',
         help='whole: tiles share the statistics of the whole image; tile: faster, each has its own (default: whole)',
     )
+    command.add_argument(
+        '--strength', type=float, default=1.0, help='0 is the input, 1 the result, between them a blend (default: 1)'
+    )
     command.add_argument('--compare', action='store_true', help='also write NAME_compare.png, input and output')
     command.add_argument(
         '--maps',

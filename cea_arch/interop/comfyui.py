@@ -33,16 +33,18 @@ class CEARestore:
                 'model': ('STRING', {'default': str(PACKAGED_WEIGHTS)}),
                 'precision': (list(PRECISIONS),),
                 'conditioning': (list(CONDITIONINGS),),
-            }
+            },
+            'optional': {'strength': ('FLOAT', {'default': 1.0, 'min': 0.0, 'max': 1.0, 'step': 0.05})},
         }
 
-    def run(self, image: Tensor, model: str, precision: str, conditioning: str) -> tuple[Tensor]:
+    def run(self, image: Tensor, model: str, precision: str, conditioning: str, strength: float = 1.0) -> tuple[Tensor]:
         """Restore a batch ``(B, H, W, C)`` in [0, 1], C 3 or 4; of the same shape unless the network enlarges.
 
         Raises:
             UserError: As :class:`cea_arch.Restorer`; ComfyUI shows it at the node.
         """
         restorer = load(model, precision=precision, conditioning=conditioning)
+        restorer.strength = strength
         pictures = [torch.from_numpy(restore(one.cpu().numpy(), restorer)) for one in image]
         return (torch.stack(pictures),)
 

@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
             args.overlap,
             args.conditioning,
             lambda tile, total: bar.set_postfix_str(f'tile {tile} of {total}') if total > 1 else None,
+            args.strength,
         )
         if restorer.device.type == 'cpu':
             restorer.threads = ThreadChooser()

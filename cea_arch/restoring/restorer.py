@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cea_arch.errors import UserError
 from cea_arch.files import PACKAGED_WEIGHTS
@@ -61,6 +62,7 @@ class Restorer:
         conditioning: ``whole``: all tiles share the global statistics of the whole image, found in sweeps over the
             tiles; ``tile``: each has its own, which is faster and shows.
         progress: Called after each tile with the number of tiles done and the number of all.
+        strength: What comes out is so much of the result and else the input: 0 is the input, 1 the result.
 
     Attributes:
         maps: A :class:`cea_arch.restoring.maps.RoutingMaps` of the network, to be filled by each call; none by default.
@@ -79,6 +81,7 @@ class Restorer:
         overlap: int = 32,
         conditioning: str = 'whole',
         progress: Callable[[int, int], None] = lambda done, total: None,
+        strength: float = 1.0,
     ) -> None:
         for name, value, known in (
             ('precision', precision, PRECISIONS),
@@ -88,6 +91,8 @@ class Restorer:
                 raise UserError(f'{name} must be one of {", ".join(known)}, got {value!r}.')
         if tile != 'auto' and not isinstance(tile, int):
             raise UserError(f'tile must be auto or a number of pixels, got {tile!r}.')
+        if not 0 <= strength <= 1:
+            raise UserError(f'strength must be from 0, the input, to 1, the result; got {strength!r}.')
         check_tiles(0 if tile == 'auto' else tile, overlap)
         self.device = choose_device(device)
         net = model if isinstance(model, nn.Module) else load_network(model)
@@ -97,6 +102,7 @@ class Restorer:
         self.overlap = overlap
         self.conditioning = conditioning
         self.progress = progress
+        self.strength = strength
         self.maps: RoutingMaps | None = None
         self.threads: ThreadChooser | None = None
 
@@ -168,7 +174,14 @@ class Restorer:
             warnings.warn('this precision gave numbers that are not finite: going on in fp32.', stacklevel=4)
             self.dtype = torch.float32
             restored = self._forward(x.to(self.device))
-        return restored.cpu()
+        return self._blended(x, restored.cpu())
+
+    def _blended(self, x: Tensor, restored: Tensor) -> Tensor:
+        if self.strength == 1:
+            return restored
+        if restored.shape != x.shape:
+            x = F.interpolate(x, size=restored.shape[-2:], mode='bicubic', align_corners=False).clamp(0, 1)
+        return torch.lerp(x, restored.clamp(0, 1), self.strength)
 
     def _forward(self, x: Tensor) -> Tensor:
         timed = self.threads.piece(x.numel()) if self.threads else nullcontext()

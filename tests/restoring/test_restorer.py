@@ -7,7 +7,7 @@ from torch import nn
 
 import cea_arch
 from cea_arch.errors import UserError
-from cea_arch.restoring.restorer import Restorer
+from cea_arch.restoring.restorer import Restorer, enlarged
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -41,6 +41,40 @@ def test_the_library_call_gives_what_it_got(small_net, dtype, shape):
     assert 0.001 < np.abs(out.astype(float) - image).mean() / peak < 0.5
     if shape[-1] in (2, 4):
         assert np.array_equal(out[..., -1], image[..., -1])
+
+
+@pytest.mark.parametrize('dtype', ['u1', 'u2', 'f4'])
+@pytest.mark.parametrize(('channels', 'tile'), [(1, 0), (3, 0), (4, 0), (3, 64)])
+def test_strength_blends_result_and_input(small_net, dtype, channels, tile):
+    peak = np.iinfo(dtype).max if dtype[0] == 'u' else 1
+    image = (np.random.default_rng(0).random((80, 90, channels)) * peak).astype(dtype)
+
+    def restored(strength):
+        options = {'tile': tile, 'overlap': 16, 'strength': strength}
+        return cea_arch.restore(image, small_net, device='cpu', **options).astype(float)
+
+    whole = restored(1)
+    np.testing.assert_allclose(restored(0), image, atol=0 if dtype[0] == 'u' else 1e-6)
+    step = 1 if dtype[0] == 'u' else 1e-4  # of tiles that overlap, clipped before they are blended
+    np.testing.assert_allclose(restored(0.25), 0.75 * image + 0.25 * whole, atol=step)
+    if channels == 4:
+        assert np.array_equal(restored(0.25)[..., 3], image[..., 3])
+
+
+def test_strength_of_networks_that_enlarge(photograph):
+    image = np.ascontiguousarray(photograph[100:150, 100:160])
+    net = nn.Sequential(nn.Upsample(scale_factor=2), Negative())
+    none, half, whole = (
+        cea_arch.restore(image, net, device='cpu', strength=strength).astype(float) for strength in (0, 0.5, 1)
+    )
+    assert none.shape == (100, 120, 3)
+    assert np.abs(none - enlarged(image, 2)).mean() < 1
+    np.testing.assert_allclose(half, (none + whole) / 2, atol=1)
+
+
+class Negative(nn.Module):
+    def forward(self, x):
+        return 1 - x
 
 
 @pytest.mark.parametrize('image', [np.zeros((4, 4, 5), 'u1'), np.zeros((4, 0), 'u1'), np.zeros((4, 4), 'i4')])
@@ -111,6 +145,8 @@ def test_half_precision_falls_back_where_numbers_overflow(small_net):
         ({'conditioning': 'none'}, "conditioning must be one of whole, tile, got 'none'"),
         ({'tile': 'big'}, "tile must be auto or a number of pixels, got 'big'"),
         ({'tile': 100}, 'tile must be a multiple of 16'),
+        ({'strength': 1.5}, 'strength must be from 0, the input, to 1, the result; got 1.5'),
+        ({'strength': float('nan')}, 'strength must be from 0'),
     ],
 )
 def test_bad_options_are_named(small_net, options, message):
