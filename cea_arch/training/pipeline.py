@@ -33,7 +33,7 @@ import cea_arch
 from cea_arch import distributed
 from cea_arch.compat import replaced
 from cea_arch.errors import UserError
-from cea_arch.files import locked, remove_leftovers
+from cea_arch.files import locked, remove_leftovers, written_beside
 from cea_arch.models.cea_model import CEAModel
 from cea_arch.models.training_step import TrainingStopped
 from cea_arch.restoring.tiling import keep_freed_memory
@@ -218,7 +218,8 @@ def _keeping_options(module: ModuleType, args: Namespace, file: Path) -> list[tu
 
     @master_only
     def keep(_: str, folder: str) -> None:
-        shutil.copy(file, folder)
+        with written_beside(Path(folder, file.name)) as aside:
+            shutil.copyfile(file, aside)
 
     def make_exp_dirs(parsed: dict[str, Any]) -> None:
         basicsr_make_exp_dirs(parsed)
