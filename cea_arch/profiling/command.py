@@ -65,16 +65,16 @@ def run(args: argparse.Namespace) -> None:
     keep_freed_memory()  # as cea restore does
     nets = {} if args.layer else _networks(args)
     figures: dict[str, Any] = {'settings': _settings(args, device)}
-    if args.layer:
-        figures['layer'] = [row for side in args.pixels for row in layer_costs(args, side, device)]
-    else:
-        figures['networks'], shares = network_costs(nets, args, device)
-        if args.without_cea:
-            figures['CEA adds'] = shares
-        if args.layers:
-            figures[f'by {args.layers}'] = [
-                row for name, net in nets.items() for row in _parts(name, net, args, device)
-            ]
+    with busy(args.busy):
+        if args.layer:
+            figures['layer'] = [row for side in args.pixels for row in layer_costs(args, side, device)]
+        else:
+            figures['networks'], shares = network_costs(nets, args, device)
+            if args.without_cea:
+                figures['CEA adds'] = shares
+            if args.layers:
+                parts = (row for name, net in nets.items() for row in _parts(name, net, args, device))
+                figures[f'by {args.layers}'] = list(parts)
     print(', '.join(f'{key} {value}' for key, value in figures['settings'].items()))
     for title, rows in list(figures.items())[1:]:
         print(f'\n{title}:\n\n{markdown(rows)}', end='')
@@ -94,8 +94,7 @@ def network_costs(
         calls = {(name, n): _on_threads(call, n) for name, call in once.items() for n in args.threads or [None]}
         try:
             counts = {name: (*count_macs(call), peak_memory(call, device)) for name, call in once.items()}
-            with busy(args.busy):
-                times = interleaved(calls, args.repeats, device)
+            times = interleaved(calls, args.repeats, device)
         except RuntimeError as error:
             raise UserError(f'{side} x {side} pixels: {_reason(error)}') from error
         found: dict[tuple[str, int | None], Row] = {}
@@ -169,7 +168,7 @@ def layer_costs(args: argparse.Namespace, side: int, device: torch.device) -> li
         raise UserError(f'--layer: {error}') from error
     bare = without_cea(block, 'the block')
     adapter, projection = block.attn.cea, block.attn.qkv
-    x = torch.randn(1, args.dim, side, side, device=device, dtype=dtype, requires_grad=args.train)
+    x = torch.randn(args.batch, args.dim, side, side, device=device, dtype=dtype, requires_grad=args.train)
 
     def weights(*modules: nn.Module) -> list[Tensor]:
         return [p for module in modules for p in module.parameters()] if args.train else []
@@ -290,7 +289,7 @@ def _parts(name: str, net: nn.Module, args: argparse.Namespace, device: torch.de
     """Rows of a network's modules by type, or of its stages, at each image size; forward alone."""
     labels = (by_type if args.layers == 'type' else by_stage)(net)
     for side in args.pixels:
-        call = _call(net, side, argparse.Namespace(precision=args.precision, train=False, batch=1), device)
+        call = _call(net, side, argparse.Namespace(precision=args.precision, train=False, batch=args.batch), device)
         times = time_breakdown(labels, call, args.repeats, device)
         macs = mac_breakdown(labels, call)
         total = sum(t.median for t in times.values())
