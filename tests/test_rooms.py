@@ -9,15 +9,8 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / 'cea_arch'
-GROUND = (
-    'errors',
-    'files',
-    'rules',
-    'distributed',
-    'compat',
-    'checkpoints',
-    'threads',
-)  # modules that several rooms stand on
+# modules that several rooms stand on
+GROUND = ('errors', 'files', 'rules', 'distributed', 'compat', 'checkpoints', 'threads')
 FLOORS = (
     ('layers', *GROUND),
     ('networks',),

@@ -21,7 +21,7 @@ from cea_arch.layers.cea import assemble
 from cea_arch.layers.tokens import as_tokens, from_tokens
 from cea_arch.networks.cea_ir import FFN_EXPANSION_FACTOR
 from cea_arch.networks.from_file import build_network, load_network
-from cea_arch.training.option_files import write_options
+from cea_arch.training.option_files import Options, write_options
 from cea_arch.training.options import check_options, read_options
 from cea_arch.training.pipeline import parsed_options
 
@@ -185,7 +185,7 @@ def residual_table(found: dict[str, dict[str, Any]]) -> str:
     return '\n'.join([*lines, '', 'Size: |dY| / |XW|. Cosine: of the rows of A, between two pictures.', ''])
 
 
-def _first_images(args: argparse.Namespace, opt: dict[str, Any]) -> list[Tensor]:
+def _first_images(args: argparse.Namespace, opt: Options) -> list[Tensor]:
     """The first image of each validation set, at most 256 x 256 of it."""
     with opt.placing():
         datasets = check_options(parsed_options(args, opt, is_train=True)).datasets
