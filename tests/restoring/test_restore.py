@@ -342,25 +342,3 @@ def test_a_gpu_that_is_not_there_is_named(model, tmp_path, capsys):
     Image.fromarray(textured(16, 16)).save(tmp_path / 'a.png')
     assert run(model, tmp_path / 'a.png', '-o', tmp_path / 'out', '-g', 7) == 2
     assert 'cuda:7' in capsys.readouterr().err
-
-
-def test_strength_at_the_command_line(small_net, model, tmp_path, capsys):
-    pixels = np.random.default_rng(0).integers(0, 65536, (40, 50, 3)).astype(np.uint16)
-    write_picture(tmp_path / 'a.png', Picture(pixels, 'PNG'))
-    for strength in ('0', '0.5'):
-        words = [
-            'restore',
-            str(tmp_path / 'a.png'),
-            '-m',
-            model,
-            '-o',
-            str(tmp_path / strength),
-            '--strength',
-            strength,
-        ]
-        assert main(words) == 0
-    assert np.array_equal(read_picture(tmp_path / '0' / 'a.png').pixels, pixels)
-    half = cea_arch.restore(pixels, small_net, device='cpu', strength=0.5)
-    assert np.array_equal(read_picture(tmp_path / '0.5' / 'a.png').pixels, half)
-    assert main(['restore', str(tmp_path / 'a.png'), '-m', model, '--strength', '2']) == 2
-    assert 'strength must be from 0' in capsys.readouterr().err

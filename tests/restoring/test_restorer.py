@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 import cea_arch
+from cea_arch.cli import main
 from cea_arch.errors import UserError
+from cea_arch.restoring.pictures import Picture, read_picture, write_picture
 from cea_arch.restoring.restorer import Restorer, enlarged
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -59,6 +61,28 @@ def test_strength_blends_result_and_input(small_net, dtype, channels, tile):
     np.testing.assert_allclose(restored(0.25), 0.75 * image + 0.25 * whole, atol=step)
     if channels == 4:
         assert np.array_equal(restored(0.25)[..., 3], image[..., 3])
+
+
+def test_strength_at_the_command_line(small_net, model, tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 65536, (40, 50, 3)).astype(np.uint16)
+    write_picture(tmp_path / 'a.png', Picture(pixels, 'PNG'))
+    for strength in ('0', '0.5'):
+        words = [
+            'restore',
+            str(tmp_path / 'a.png'),
+            '-m',
+            model,
+            '-o',
+            str(tmp_path / strength),
+            '--strength',
+            strength,
+        ]
+        assert main(words) == 0
+    assert np.array_equal(read_picture(tmp_path / '0' / 'a.png').pixels, pixels)
+    half = cea_arch.restore(pixels, small_net, device='cpu', strength=0.5)
+    assert np.array_equal(read_picture(tmp_path / '0.5' / 'a.png').pixels, half)
+    assert main(['restore', str(tmp_path / 'a.png'), '-m', model, '--strength', '2']) == 2
+    assert 'strength must be from 0' in capsys.readouterr().err
 
 
 def test_strength_of_networks_that_enlarge(photograph):

@@ -14,7 +14,7 @@ def write(folder, **files):
         (folder / f'{name}.yml').write_text(text)
 
 
-def test_files_write(tmp_path):
+def test_files_inherit(tmp_path):
     write(
         tmp_path,
         more='inherits: o.yml\ntrain: {total_iter: 300, grad_clip: 1.0}\ndatasets: {val_1: {name: a}, val_2: ~}\n',
