@@ -30,6 +30,7 @@ setup(
         'packaging',
         'pillow',
         'scikit-image',
+        'tifffile',
         'tqdm',
     ],
     extras_require={
@@ -38,7 +39,7 @@ setup(
         'spandrel': ['spandrel'],
         'demo': ['gradio>=6'],
         'video': ['av>=17'],
-        'dev': ['av>=17', 'jsonschema', 'pytest', 'ruff', 'safetensors', 'spandrel', 'wandb', *EXPORT],
+        'dev': ['av>=17', 'imagecodecs', 'jsonschema', 'pytest', 'ruff', 'safetensors', 'spandrel', 'wandb', *EXPORT],
     },
     entry_points={'console_scripts': ['cea = cea_arch.cli:main']},
     classifiers=[

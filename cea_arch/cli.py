@@ -12,6 +12,7 @@ from cea_arch.compat import REMEDY, has_basicsr
 from cea_arch.errors import UserError
 from cea_arch.files import PACKAGED_WEIGHTS
 
+path = os.path.expanduser  # `--output=~/x`: the shell leaves that as it is
 SPIN = '10000'  # how often a thread of libgomp looks for work before it sleeps; see docs/costs.md
 
 
@@ -35,11 +36,11 @@ def build_parser() -> argparse.ArgumentParser:
     text = (
         'list the modules of network_g, or of its base, with their channels and layout: which can be targets of WithCEA'
     )
-    _add(commands, 'modules', text, _modules).add_argument('-opt', required=True, help='option YAML file')
+    _add(commands, 'modules', text, _modules).add_argument('-opt', type=path, required=True, help='option YAML file')
     text = 'make a whole checkpoint from a base network and the CEA layers that a run with freeze_base saved'
     command = _add(commands, 'merge', text, _merge)
     for name in ('base', 'cea', 'out'):
-        command.add_argument(name, metavar=f'{name}.pth')
+        command.add_argument(name, type=path, metavar=f'{name}.pth')
     for command in (
         train,
         test,
@@ -55,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = 'say what is installed, what is not right, and what to do about it'
     _add(commands, 'doctor', text, _later('cea_arch.doctor'))
     info = _add(commands, 'info', 'say what a file of weights holds', _later('cea_arch.doctor', 'show_weights'))
-    info.add_argument('file', help='.pth or .safetensors')
+    info.add_argument('file', type=path, help='.pth or .safetensors')
     return parser
 
 
@@ -73,8 +74,10 @@ def _later(module: str, function: str = 'run') -> Callable[[argparse.Namespace],
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument('-opt', required=True, help='option YAML file')
-    command.add_argument('--root', default='.', help='folder that holds experiments/ and results/ (default: this one)')
+    command.add_argument('-opt', type=path, required=True, help='option YAML file')
+    command.add_argument(
+        '--root', type=path, default='.', help='folder that holds experiments/ and results/ (default: this one)'
+    )
     command.add_argument(
         '--set', nargs='+', action='extend', metavar='A.B=C', help='set options: train.optim_g.lr=1e-4 num_gpu=0'
     )
@@ -122,12 +125,12 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         help='a set: its name, the folder of restored images, the folder or LMDB of ground truths; may be repeated',
     )
     score.add_argument('--protocol', required=True, help='aio, moce-ir, onerestore or basicsr')
-    score.add_argument('--output', required=True, help='folder for results.md, .csv, .json and the pictures')
+    score.add_argument('--output', type=path, required=True, help='folder for results.md, .csv, .json and the pictures')
 
 
 def _add_report(commands: argparse._SubParsersAction) -> None:
     report = _add(commands, 'report', 'put result files side by side, on request beside published figures', _report)
-    report.add_argument('results', nargs='*', help='results.json files of train, test or score')
+    report.add_argument('results', type=path, nargs='*', help='results.json files of train, test or score')
     report.add_argument('--published', metavar='BENCHMARK', help='add the published rows: aio3, aio5 or cdd11')
 
 
@@ -141,7 +144,7 @@ def _add_restore(commands: argparse._SubParsersAction) -> None:
         help='files, folders or patterns such as "scans/*.png"; clips (.mp4, .mov, .mkv, .webm) by their names',
     )
     command.add_argument('-i', '--input', nargs='+', action='extend', default=[], metavar='PICTURE', help='the same')
-    command.add_argument('-o', '--output', default='restored', help='folder to write to (default: restored)')
+    command.add_argument('-o', '--output', type=path, default='restored', help='folder to write to (default: restored)')
     _add_model(command)
     command.add_argument('-r', '--recursive', action='store_true', help='also the folders below a folder')
     command.add_argument('--suffix', default='', help='put at the end of names: --suffix _restored')
@@ -152,6 +155,8 @@ def _add_restore(commands: argparse._SubParsersAction) -> None:
         help='format of the results; auto: that of each picture (default)',
     )
     command.add_argument('--overwrite', action='store_true', help='replace files that exist')
+    command.add_argument('--list', action='store_true', help='only say what would be read and written')
+    command.add_argument('--debug', action='store_true', help='show where in the code a picture failed')
     device = command.add_mutually_exclusive_group()
     _add_device(device)
     device.add_argument('-g', '--gpu-id', type=int, metavar='N', help='the same as --device cuda:N')
@@ -195,6 +200,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         '-m',
         '--model',
+        type=path,
         default=PACKAGED_WEIGHTS,
         help='file of weights, .pth or .safetensors (default: CEA-IR-T as it comes with the package)',
     )
@@ -203,7 +209,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 def _add_export(commands: argparse._SubParsersAction) -> None:
     text = 'write a network for other programs, as ONNX or for torch.export, for pictures of any size'
     command = _add(commands, 'export', text, _later('cea_arch.interop.export'))
-    command.add_argument('output', help='NAME.onnx, NAME.pt2 for torch.export, or NAME.safetensors')
+    command.add_argument('output', type=path, help='NAME.onnx, NAME.pt2 for torch.export, or NAME.safetensors')
     _add_model(command)
     command.add_argument('--fp16', action='store_true', help='half precision: half the file, for GPUs')
     command.add_argument('--overwrite', action='store_true', help='replace a file that exists')
@@ -221,7 +227,9 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 def _add_profile(commands: argparse._SubParsersAction) -> None:
     text = 'measure what networks cost, the share of CEA, or a CEA layer alone, and print tables'
     command = _add(commands, 'profile', text, _later('cea_arch.profiling.command'))
-    command.add_argument('-opt', nargs='+', action='extend', default=[], help='option YAML files, for their network_g')
+    command.add_argument(
+        '-opt', type=path, nargs='+', action='extend', default=[], help='option YAML files, for their network_g'
+    )
     command.add_argument('--code', nargs='+', default=[], help="others, each 'NAME=FILE.py:Class(word=value)'")
     command.add_argument('--size', nargs='+', default=[], help="CEAIR's named sizes: base, S, T")
     command.add_argument('--without-cea', action='store_true', help='each network also without its CEA layers')
@@ -239,7 +247,7 @@ def _add_profile(commands: argparse._SubParsersAction) -> None:
     command.add_argument('--busy', type=int, default=0, help='so many other processes compute meanwhile (0)')
     command.add_argument('--start', action='store_true', help='how long commands take to start, and nothing else')
     command.add_argument('--repeats', type=int, default=11, help='runs that count, after one that does not (11)')
-    command.add_argument('--output', help='also write the figures to this JSON file')
+    command.add_argument('--output', type=path, help='also write the figures to this JSON file')
 
 
 def _schema(args: argparse.Namespace) -> None:

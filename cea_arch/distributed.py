@@ -56,6 +56,20 @@ def start(
     dist.init_process_group(backend or ('nccl' if cuda else 'gloo'), timeout=datetime.timedelta(seconds=timeout))
 
 
+def launcher() -> str | None:
+    """Which launcher has started this process beside others, ``pytorch`` or ``slurm``; ``None`` if it is alone."""
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and 'RANK' in os.environ:
+        return 'pytorch'
+    # of the step that srun has started: a batch script sees SLURM_NTASKS too, and is alone
+    return 'slurm' if int(os.environ.get('SLURM_STEP_NUM_TASKS', 1)) > 1 else None
+
+
+def own_device() -> str:
+    """The device of this process of several on its machine, for networks that run by themselves."""
+    count = torch.cuda.device_count()
+    return f'cuda:{int(os.environ["LOCAL_RANK"]) % count}' if count else 'auto'
+
+
 def stop() -> None:
     """Leave the group, if there is one."""
     if dist.is_initialized():

@@ -3,6 +3,7 @@
 import errno
 import os
 import platform
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,13 +21,22 @@ PACKAGED_WEIGHTS = Path(__file__).parent / 'weights' / 'cea_ir_t.safetensors'  #
 
 @contextmanager
 def written_beside(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a path beside ``path`` to write to; it takes the place of ``path`` at the end, and goes if that fails."""
-    aside = Path(f'{os.fspath(path)}.{os.getpid()}.tmp')
+    """Give a path beside ``path`` to write to; it takes the place of ``path`` at the end, and goes if that fails.
+
+    Its name is short, however long that of ``path`` is: file systems take 255 bytes.
+    """
+    path = Path(path)
+    aside = path.with_name(f'.{zlib.crc32(path.name.encode(errors="surrogateescape")):08x}.{os.getpid()}.tmp')
     try:
         yield aside
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def as_path(text: str) -> Path:
+    """The path that a user named; ``~`` is the home folder also where a shell leaves it, as in ``--output=~/x``."""
+    return Path(text).expanduser()
 
 
 def refuse_to_replace(path: Path, overwrite: bool) -> None:

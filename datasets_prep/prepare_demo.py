@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cea_arch.data.lmdb_writer import write_lmdb
 from cea_arch.errors import UserError
+from cea_arch.files import as_path
 
 SPLITS = {
     'train': ['astronaut.png', 'motorcycle_left.png', 'motorcycle_right.png', 'rocket.jpg'],
@@ -21,7 +22,9 @@ SPLITS = {
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--output', type=Path, default=Path('datasets/demo'), help='folder to write to (datasets/demo)')
+    parser.add_argument(
+        '--output', type=as_path, default=Path('datasets/demo'), help='folder to write to (datasets/demo)'
+    )
     args = parser.parse_args(argv)
     photographs = resources.files('skimage') / 'data'
     try:

@@ -17,12 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cea_arch.data.composite import Inputs, write_composites
 from cea_arch.data.image_store import ImageStore
 from cea_arch.errors import UserError
+from cea_arch.files import as_path
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--clear', required=True, help='folder or .lmdb of clean images')
-    parser.add_argument('--output', type=Path, required=True, help='folder to make')
+    parser.add_argument('--output', type=as_path, required=True, help='folder to make')
     parser.add_argument('--depth', help='folder or .lmdb of inverse depth maps, named as the clean images')
     parser.add_argument('--rain-masks', help='folder or .lmdb of rain streaks, white on black')
     parser.add_argument('--snow-masks', help='folder or .lmdb of snow, white on black')

@@ -3,18 +3,28 @@
 import io
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import lmdb
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from cea_arch.data.pictures import SUFFIXES, as_rgb, decode_picture, is_plain, picture_size
 from cea_arch.errors import UserError
 
-SUFFIXES = {'.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp'}
 _META_LINE = re.compile(r'(?P<name>.+) \((?P<height>\d+),(?P<width>\d+),(?P<channels>\d+)\) \d+')
-_EXIF_ORIENTATION, _EXIF_TRANSPOSED = 274, (5, 6, 7, 8)
+HIDDEN = {
+    '__MACOSX',
+    '@eaDir',
+    '#recycle',
+    '$RECYCLE.BIN',
+    'System Volume Information',
+    'lost+found',
+    '__pycache__',
+}
+_READ = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
 _END_MARKS = {b'\xff\xd8': b'\xff\xd9', b'\x89PNG': b'IEND\xaeB`\x82'}  # of JPEG and PNG, by how they begin
 _environments: dict[str, lmdb.Environment] = {}  # one a process and LMDB: lmdb refuses to open one twice
 
@@ -56,41 +66,57 @@ def close_lmdb(root: Path) -> None:
 
 
 def decode(data: bytes, where: str) -> np.ndarray:
-    """Decode an image file to RGB ``(H, W, 3)``, uint8, or uint16 where the file has 16 bits. EXIF rotation is applied.
+    """Decode a picture file to RGB ``(H, W, 3)``, uint8, or uint16 where the file has 16 bits; upright, without alpha.
 
-    The result is a view of OpenCV's BGR image: turning the channels of a whole image would cost more than all that a
-    training patch needs besides decoding.
+    Of a plain PNG or JPEG the result is a view of OpenCV's BGR image: turning the channels of a whole image would cost
+    more than all that a training patch needs besides decoding. All others, a fiftieth slower, are read as
+    :func:`cea_arch.data.pictures.decode_picture` does.
 
     Raises:
-        UserError: The bytes are not an image, or a truncated one; names ``where`` they came from.
+        UserError: The bytes are not a picture, or a truncated one; names ``where`` they came from.
     """
-    img = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH) if data else None
+    if not is_plain(data):
+        return as_rgb(decode_picture(data, where).pixels)
+    img = cv2.imdecode(np.frombuffer(data, np.uint8), _READ)
     if img is None or not _is_whole(data):
-        raise UserError(f'{where} cannot be decoded: it is not an image or is damaged ({len(data)} bytes).')
+        raise UserError(f'{where} cannot be decoded: it is damaged ({len(data)} bytes).')
     return img[..., ::-1]
 
 
 def image_size(file: Path | bytes, where: str) -> tuple[int, int]:
-    """Height and width from the header of an image file, as :func:`decode` will return them.
+    """Height and width from the header of a picture file, as :func:`decode` will return them.
 
     Raises:
-        UserError: It is not an image, or bytes without the end of one; names ``where`` it came from.
+        UserError: It is not a picture, or bytes without the end of one; names ``where`` it came from.
     """
-    try:
-        if isinstance(file, bytes) and not _is_whole(file):
-            raise OSError('its end is missing')
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as img:
-            width, height = img.size
-            # Pillow would decode a whole PNG to find its EXIF data
-            transposed = img.format != 'PNG' and img.getexif().get(_EXIF_ORIENTATION) in _EXIF_TRANSPOSED
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f'{where} is not a readable image: {error}.') from error
-    return (width, height) if transposed else (height, width)
+    if isinstance(file, bytes) and not _is_whole(file):
+        raise UserError(f'{where} is not a readable image: its end is missing.')
+    return picture_size(file, where)
 
 
-def is_image_name(name: str) -> bool:
-    """Whether a file's name says that it is an image; hidden files are none."""
-    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith('.')
+def walk_images(root: Path, recursive: bool = True, seen: set[str] | None = None) -> Iterator[Path]:
+    """The picture files below a folder, in order of name; links to folders are followed, once each.
+
+    What file managers, cameras' servers, trash cans and notebooks keep for themselves (``HIDDEN``, and names that begin
+    with a dot) holds copies, and is passed over. ``seen`` are the resolved folders that were walked before.
+    """
+    seen = set() if seen is None else seen
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if recursive and not is_hidden(name))
+        for name in sorted(names):
+            path = Path(folder, name)
+            if path.suffix.lower() in SUFFIXES and not is_hidden(name) and path.is_file():
+                yield path
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is kept by a program for itself."""
+    return name.startswith('.') or name in HIDDEN
 
 
 def _is_whole(data: bytes) -> bool:
@@ -174,14 +200,10 @@ class ImageStore:
         return sizes
 
     def _scan_folder(self) -> dict[str, tuple[int, int]]:
-        for folder, subfolders, names in os.walk(self.root):
-            subfolders.sort()
-            for path in (Path(folder, name) for name in sorted(names)):
-                if not is_image_name(path.name):
-                    continue
-                relative = path.relative_to(self.root)
-                key = relative.with_suffix('').as_posix()
-                if key in self._files:
-                    raise UserError(f'{self.label}: {self._files[key]!r} and {str(relative)!r} share one name.')
-                self._files[key] = str(relative)
+        for path in walk_images(self.root):
+            relative = path.relative_to(self.root)
+            key = relative.with_suffix('').as_posix()
+            if key in self._files:
+                raise UserError(f'{self.label}: {self._files[key]!r} and {str(relative)!r} share one name.')
+            self._files[key] = str(relative)
         return {key: image_size(self.root / name, str(self.root / name)) for key, name in sorted(self._files.items())}

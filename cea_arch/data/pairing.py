@@ -3,6 +3,7 @@
 import bisect
 import difflib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -35,9 +36,19 @@ def match_keys(lq_keys: Iterable[str], gt_keys: Iterable[str]) -> Matching:
     comes before the first ``_`` (``cat_0.8`` and ``cat``); its numbers are the first numbers of the degraded image's
     name (``rain-001`` and ``norain-1``, ``0025_0.8_0.04`` and ``25``); or the last ones (``low_00002`` and ``2``). Zero
     padding and the text around the numbers do not count, but each side must put one text in front of them, or the
-    ground truths none. Folders in the keys must agree, unless no rule pairs anything that way.
+    ground truths none. Folders in the keys must agree, unless no rule pairs anything that way. Accents count alike
+    whether they are composed with their letter or stand behind it, as file systems of Macs have them.
     """
-    lq_keys, gt_keys = sorted(lq_keys), sorted(gt_keys)
+    lq_composed, gt_composed = _composed(lq_keys), _composed(gt_keys)
+    found = _match(sorted(lq_composed), sorted(gt_composed))
+    return Matching(
+        sorted((lq_composed[lq], gt_composed[gt]) for lq, gt in found.pairs),
+        sorted(lq_composed[lq] for lq in found.lonely),
+        sorted(gt_composed[gt] for gt in found.unused),
+    )
+
+
+def _match(lq_keys: list[str], gt_keys: list[str]) -> Matching:
     best = None
     for scope in (str, _file_name):
         for rule in (_by_name, _by_first_part, _by_first_numbers, _by_last_numbers):
@@ -85,6 +96,13 @@ def describe(keys: list[str], others: Iterable[str]) -> str:
 def natural_order(name: str) -> list[tuple[int, str]]:
     """Sort key by which ``rain-2`` comes before ``rain-10``."""
     return [(len(part), part) if part.isdigit() else (0, part) for part in re.split('([0-9]+)', name)]
+
+
+def _composed(keys: Iterable[str]) -> dict[str, str]:
+    """Each key by its composed form; by itself where two would be one."""
+    keys = list(keys)
+    found = {unicodedata.normalize('NFC', key): key for key in keys}
+    return found if len(found) == len(keys) else {key: key for key in keys}
 
 
 def _file_name(key: str) -> str:

@@ -17,6 +17,7 @@ from cea_arch.data.image_store import decode
 from cea_arch.data.lmdb_writer import write_lmdb
 from cea_arch.data.recognise import scan
 from cea_arch.errors import UserError
+from cea_arch.files import as_path
 
 FAULTS = ('unmatched', 'unequal', 'unreadable', 'twice', 'duplicates')
 COLUMNS = ('set', 'layout', 'found', 'good', 'expected', *FAULTS, 'verdict')
@@ -41,8 +42,12 @@ def _parser(benchmark: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=f'Check the raw image sets of {benchmark} and write them as LMDBs. Nothing is downloaded.'
     )
-    parser.add_argument('--raw', type=Path, nargs='+', required=True, help='folders that hold the downloads, unpacked')
-    parser.add_argument('--output', type=Path, default=Path('datasets'), help='folder to write to (default: datasets)')
+    parser.add_argument(
+        '--raw', type=as_path, nargs='+', required=True, help='folders that hold the downloads, unpacked'
+    )
+    parser.add_argument(
+        '--output', type=as_path, default=Path('datasets'), help='folder to write to (default: datasets)'
+    )
     parser.add_argument('--check', action='store_true', help='only check')
     parser.add_argument(
         '--allow-partial', action='store_true', help='write what is good although something is missing or wrong'

@@ -1,12 +1,11 @@
 """Find image sets in folders by looking at what lies where."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cea_arch.data.benchmarks import ImageSet, Layout, path_patterns
-from cea_arch.data.image_store import is_image_name
+from cea_arch.data.image_store import walk_images
 from cea_arch.errors import UserError
 
 
@@ -43,24 +42,19 @@ class Found:
 def scan(folders: Iterable[Path]) -> dict[str, list[Path]]:
     """The image files below ``folders``, by the path of their folder from the given folder's own name on, with a ``/``.
 
-    Hidden files and the ``__MACOSX`` folders of archives are passed over; links to folders are followed once.
+    What is hidden is passed over, and links are followed, see :func:`cea_arch.data.image_store.walk_images`.
 
     Raises:
         UserError: A folder does not exist.
     """
-    places, seen = {}, set()
+    places, seen = {}, set()  # of resolved folders: two given ones may overlap
     for root in folders:
         if not root.is_dir():
             raise UserError(f'folder {str(root)!r} does not exist (looked for {root.absolute()}).')
         root = root.resolve()
-        for folder, subfolders, names in os.walk(root, followlinks=True):
-            real = os.path.realpath(folder)
-            subfolders[:] = [] if real in seen else sorted(name for name in subfolders if name != '__MACOSX')
-            images = [] if real in seen else [Path(folder, name) for name in sorted(names) if is_image_name(name)]
-            seen.add(real)
-            if images:
-                place = Path(root.name, Path(folder).relative_to(root)).as_posix() + '/'
-                places.setdefault(place, []).extend(images)
+        for path in walk_images(root, seen=seen):
+            place = Path(root.name, path.parent.relative_to(root)).as_posix() + '/'
+            places.setdefault(place, []).append(path)
     return places
 
 

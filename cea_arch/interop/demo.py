@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from cea_arch.data.degradations import TASKS, quantize, synthesize
+from cea_arch.data.pictures import read_picture
 from cea_arch.errors import UserError, need
 from cea_arch.restoring.maps import RoutingMaps, draw_maps
-from cea_arch.restoring.pictures import as_rgb8, read_picture, write_picture
 from cea_arch.restoring.restorer import Restorer, enlarged, restore
 from cea_arch.restoring.tiling import keep_freed_memory
+from cea_arch.restoring.writing import as_rgb8, write_picture
 
 CHOICES = [(name.replace('_', ' '), name) for name in TASKS]
 MAPS_NOTE = (
@@ -101,7 +102,7 @@ def restore_upload(
         that has none to draw; and a PNG below ``folder`` with the result in its own depth.
 
     Raises:
-        UserError: No picture was given, or as :func:`cea_arch.restoring.pictures.read_picture`.
+        UserError: No picture was given, or as :func:`cea_arch.data.pictures.read_picture`.
     """
     if not path:
         raise UserError('choose a picture first.')

@@ -1,133 +1,68 @@
 """The command ``cea restore``: picture files and folders in, the same names out."""
 
 import argparse
-import glob
 import sys
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from cea_arch import distributed
+from cea_arch.data.pictures import Picture, picture_size, read_picture
 from cea_arch.errors import UserError
 from cea_arch.files import refuse_to_replace
+from cea_arch.restoring.jobs import Job, Naming, Plan, find_jobs
 from cea_arch.restoring.maps import RoutingMaps, draw_maps
-from cea_arch.restoring.pictures import FORMAT_OF, SUFFIXES, Picture, as_format, as_rgb8, read_picture, write_picture
 from cea_arch.restoring.restorer import Restorer, enlarged, restore
 from cea_arch.restoring.tiling import keep_freed_memory
-from cea_arch.restoring.video import ENCODERS, restore_clip
+from cea_arch.restoring.video import ENCODERS, clip_size, restore_clip
+from cea_arch.restoring.writing import as_format, as_rgb8, write_picture
 from cea_arch.threads import ThreadChooser
 
-
-@dataclass(frozen=True)
-class Job:
-    """One picture: where it is, its path below the output folder, and the format to write if it is another one."""
-
-    source: Path
-    target: Path
-    format: str | None = None
-
-
-@dataclass(frozen=True)
-class Naming:
-    """What is put at the end of names, and the extension of pictures, ``auto`` for their own."""
-
-    suffix: str = ''
-    ext: str = 'auto'
-
-    def job(self, source: Path, target: Path) -> Job:
-        """The job of a file that would be written to ``target`` under its own name; clips keep their extension."""
-        keep = self.ext == 'auto' or target.suffix.lower() in ENCODERS
-        ext = target.suffix if keep else f'.{self.ext}'
-        return Job(source, target.with_name(f'{target.stem}{self.suffix}{ext}'), None if keep else FORMAT_OF[ext])
+PATIENCE = 7 * 24 * 3600  # seconds that a process which is done waits for the others
 
 
 def run(args: argparse.Namespace) -> int:
-    """Restore all pictures; returns 1 if one could not be, after all others are done."""
+    """Restore all pictures; returns 1 if one could not be, after all others are done.
+
+    Of several processes that torchrun or srun started each takes its share; the first one says what became of all.
+    """
     keep_freed_memory()
-    output = Path(args.output)
     inputs = args.inputs + args.input
     if not inputs:
         raise UserError('name pictures, folders of them, or patterns.')
-    jobs, failures = find_jobs(inputs, output, args.recursive, Naming(args.suffix, args.ext))
-    done = 0
-    with _warnings_as_lines(), tqdm(total=len(jobs), unit='picture', disable=None) as bar:
-        restorer = Restorer(
-            args.model,
-            args.device if args.gpu_id is None else f'cuda:{args.gpu_id}',
-            args.precision,
-            args.tile,
-            args.overlap,
-            args.conditioning,
-            lambda tile, total: bar.set_postfix_str(f'tile {tile} of {total}') if total > 1 else None,
-            args.strength,
-        )
-        if restorer.device.type == 'cpu':
-            restorer.threads = ThreadChooser()
-        if args.maps:
-            restorer.maps = RoutingMaps(restorer.net, None if args.maps == 'last' else args.maps)
-        for job in jobs:
-            bar.set_description(job.source.name)
-            try:
-                if job.source.suffix.lower() in ENCODERS:
-                    _restore_clip(job, restorer, args.overwrite, args.compare, bar)
-                else:
-                    restore_file(job, restorer, args.overwrite, args.compare)
-                done += 1
-            except (UserError, OSError, RuntimeError, MemoryError) as error:
-                failures.append(str(error) if str(job.source) in str(error) else f'{job.source}: {error}')
-            bar.update()
+    output = Path(args.output).expanduser()
+    plan = find_jobs(inputs, output, args.recursive, Naming(args.suffix, args.ext))
+    if args.list:
+        return _list(plan, args.overwrite)
+    with _joined_processes():
+        with distributed.together():
+            restorer = _restorer(args)
+        rank, failures = distributed.rank(), []
+        done = _restore_all(plan.jobs[rank :: distributed.size()], restorer, args, failures)
+        together = distributed.gather((done, failures, str(restorer.device)))
+    if rank:
+        return 0  # the first one answers for all
+    done = sum(one[0] for one in together)
+    failures = plan.failures + [failure for one in together for failure in one[1]]
     for failure in failures:
         print(f'cea restore: {failure}', file=sys.stderr)
-    print(f'{done} restored to {output}, {len(failures)} failed ({restorer.device}).')
+    if plan.passed_over:
+        print(f'{plan.passed_over} results of earlier runs were passed over.')
+    devices = ', '.join(dict.fromkeys(one[2] for one in together))
+    print(f'{done} restored to {output}, {len(failures)} failed ({devices}).')
     return 1 if failures else 0
-
-
-def find_jobs(
-    inputs: list[str], output: Path, recursive: bool, naming: Naming = Naming()
-) -> tuple[list[Job], list[str]]:
-    """What to restore, and for each input that gives nothing, why."""
-    jobs: dict[Path, Job] = {}
-    failures = []
-    for text in inputs:
-        matches = [text] if Path(text).exists() else sorted(glob.glob(text))  # noqa: PTH207  Path's takes no absolute
-        found = [Path(match) for match in matches]
-        if not found:
-            failures.append(f'{text} does not exist.')
-        for path in found:
-            pictures = _pictures_below(path, output, recursive) if path.is_dir() else [(path, Path(path.name))]
-            if not pictures:
-                failures.append(
-                    f'{path} holds no pictures{"" if recursive else "; -r looks into the folders below it"}.'
-                )
-            for source, relative in pictures:
-                job = naming.job(source, output / relative)
-                other = jobs.setdefault(job.target, job)
-                if other.source != source:
-                    failures.append(f'{source}: {other.source} is written to {job.target} already.')
-    return list(jobs.values()), failures
-
-
-def _pictures_below(folder: Path, output: Path, recursive: bool) -> list[tuple[Path, Path]]:
-    """Picture files in ``folder``, each with its path relative to it; not those that are results."""
-    return [
-        (path, path.relative_to(folder))
-        for path in sorted(folder.rglob('*') if recursive else folder.glob('*'))
-        if path.suffix.lower() in SUFFIXES
-        and not path.name.startswith('.')
-        and path.is_file()
-        and (output == folder or output not in path.parents)
-    ]
 
 
 def restore_file(job: Job, restorer: Restorer, overwrite: bool, compare: bool) -> None:
     """Restore one picture and write it, and on request the comparison and the maps."""
-    extras = [job.target.with_name(f'{job.target.stem}_{word}.png') for word in ('compare', 'maps')]
-    wanted = [job.target] + extras[:1] * compare + extras[1:] * bool(restorer.maps)
-    for target in wanted:
+    for target in _targets(job, compare, bool(restorer.maps)):
         refuse_to_replace(target, overwrite)
     picture = read_picture(job.source)
     restored = restore(picture.pixels, restorer)
@@ -135,18 +70,120 @@ def restore_file(job: Job, restorer: Restorer, overwrite: bool, compare: bool) -
     write_picture(job.target, as_format(result, job.format) if job.format else result, overwrite)
     if compare:
         pair = np.concatenate([enlarged(as_rgb8(picture.pixels), restorer.fit.scale), as_rgb8(restored)], axis=1)
-        write_picture(extras[0], Picture(pair, 'PNG', picture.icc), overwrite)
+        write_picture(job.extra('compare'), Picture(pair, 'PNG', picture.icc), overwrite)
     if restorer.maps:
-        write_picture(extras[1], Picture(draw_maps(restorer.maps.maps), 'PNG'), overwrite)
+        write_picture(job.extra('maps'), Picture(draw_maps(restorer.maps.maps), 'PNG'), overwrite)
 
 
-def _restore_clip(job: Job, restorer: Restorer, overwrite: bool, compare: bool, bar: tqdm) -> None:
-    if compare or restorer.maps:
+def _restorer(args: argparse.Namespace) -> Restorer:
+    device = args.device if args.gpu_id is None else f'cuda:{args.gpu_id}'
+    if device == 'auto' and distributed.size() > 1:
+        device = distributed.own_device()
+    precision, conditioning = args.precision, args.conditioning
+    restorer = Restorer(args.model, device, precision, args.tile, args.overlap, conditioning, strength=args.strength)
+    if restorer.device.type == 'cpu':
+        restorer.threads = ThreadChooser()
+    if args.maps:
+        restorer.maps = RoutingMaps(restorer.net, None if args.maps == 'last' else args.maps)
+    return restorer
+
+
+def _restore_all(jobs: list[Job], restorer: Restorer, args: argparse.Namespace, failures: list[str]) -> int:
+    """Restore what can be restored, add to ``failures`` what cannot; returns how many are done."""
+    done, written = 0, {}
+    sizes = [_pixels(job) for job in jobs]
+    shown = '{desc}{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}'
+    off = True if distributed.rank() else None
+    with _warnings_as_lines(), tqdm(total=sum(sizes), bar_format=shown, disable=off) as bar:
+        for number, (job, pixels) in enumerate(zip(jobs, sizes), 1):
+            bar.set_description(f'{job.source.name} ({number} of {len(jobs)})')
+            advance = partial(_advance, bar, bar.n, pixels)
+            try:
+                for target in _targets(job, args.compare, bool(args.maps)):
+                    if (other := written.setdefault(target, job.source)) != job.source:
+                        raise UserError(f'{target} is written already, for {other}.')
+                if job.source.suffix.lower() in ENCODERS:
+                    _restore_clip(job, restorer, args, advance)
+                else:
+                    restorer.progress = advance
+                    restore_file(job, restorer, args.overwrite, args.compare)
+                done += 1
+            except Exception as error:  # whatever is wrong with one, the others are done
+                failures.append(_said(error, job.source))
+                if args.debug:
+                    tqdm.write(traceback.format_exc(), file=sys.stderr)
+            advance(1, 1)
+    return done
+
+
+def _targets(job: Job, compare: bool, maps: bool) -> list[Path]:
+    return [job.target] + [job.extra('compare')] * compare + [job.extra('maps')] * maps
+
+
+def _advance(bar: tqdm, before: float, pixels: int, part: int, parts: int) -> None:
+    """Show that so many parts of a picture are done."""
+    bar.update(before + pixels * part / parts - bar.n)
+
+
+def _said(error: Exception, source: Path) -> str:
+    known = isinstance(error, (UserError, OSError, MemoryError))
+    text = str(error) if known else f'{type(error).__name__}: {error} (--debug shows where)'
+    return text if str(source) in text else f'{source}: {text}'
+
+
+def _restore_clip(job: Job, restorer: Restorer, args: argparse.Namespace, advance: Callable[[int, int], None]) -> None:
+    if args.compare or restorer.maps:
         raise UserError(f'{job.source}: --compare and --maps are for pictures, not for clips.')
-    refuse_to_replace(job.target, overwrite)
-    restore_clip(
-        job.source, job.target, restorer, lambda done, total: bar.set_postfix_str(f'frame {done} of {total or "?"}')
-    )
+    refuse_to_replace(job.target, args.overwrite)
+    restorer.progress = lambda part, parts: None
+    restore_clip(job.source, job.target, restorer, lambda done, total: advance(min(done, total), max(total, 1)))
+
+
+def _pixels(job: Job) -> int:
+    """How many are to be restored; 0 for a file that is about to fail."""
+    try:
+        if job.source.suffix.lower() in ENCODERS:
+            frames, height, width = clip_size(job.source)
+            return max(frames, 1) * height * width
+        height, width = picture_size(job.source, '')
+        return height * width
+    except (UserError, OSError):
+        return 0
+
+
+def _list(plan: Plan, overwrite: bool) -> int:
+    """Say what would be read and written; nothing is."""
+    failures, fine = list(plan.failures), 0
+    for job in plan.jobs:
+        try:
+            refuse_to_replace(job.target, overwrite)
+            if job.source.suffix.lower() in ENCODERS:
+                frames, height, width = clip_size(job.source)
+                size = f'{width} x {height}, {frames or "?"} frames'
+            else:
+                height, width = picture_size(job.source, str(job.source))
+                size = f'{width} x {height}'
+            print(f'{job.source} ({size}) -> {job.target}')
+            fine += 1
+        except (UserError, OSError) as error:
+            failures.append(_said(error, job.source))
+    for failure in failures:
+        print(f'cea restore: {failure}', file=sys.stderr)
+    earlier = f'{plan.passed_over} results of earlier runs passed over'
+    print(f'{fine} would be restored, {earlier}, {len(failures)} mistakes.')
+    return 1 if failures else 0
+
+
+@contextmanager
+def _joined_processes() -> Iterator[None]:
+    """Have what torchrun or srun started work together."""
+    launcher = distributed.launcher()
+    if launcher:
+        distributed.start(launcher, cuda=False, timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        distributed.stop()
 
 
 @contextmanager

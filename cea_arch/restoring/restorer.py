@@ -1,5 +1,6 @@
 """Restore pictures: arrays in, arrays of the same kind out. Needs no basicsr."""
 
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,16 +24,19 @@ from cea_arch.restoring.tiling import (
     MIN_TILE,
     Canvas,
     Span,
+    bytes_per_pixel,
     check_tiles,
     choose_tile,
     halvings,
     is_out_of_memory,
+    memory_budget,
     restore_tiled,
 )
 from cea_arch.threads import ThreadChooser
 
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 CONDITIONINGS = ('whole', 'tile')
+OVERSHOOT = 0.5  # of floats beyond [0, 1], as other programs' filters leave it
 
 
 def choose_device(name: str = 'auto') -> torch.device:
@@ -111,19 +115,28 @@ class Restorer:
         """Which sizes the network takes, and its scale."""
         return find_fit(self.net, self.device)
 
+    @cached_property
+    def bytes_per_pixel(self) -> int:
+        """What the network needs for each pixel that it restores at once."""
+        return bytes_per_pixel(self.net, self.device, self.fit.multiple)
+
     def __call__(self, x: Tensor) -> Tensor:
         """Restore an RGB image ``(1, 3, H, W)`` in [0, 1], float32 on the CPU; the result, clipped.
 
         Raises:
-            UserError: Memory does not suffice even for the smallest tile, or the network restores no RGB pictures.
+            UserError: Memory does not suffice even for the smallest tile, the network restores no RGB pictures, or
+                ``x`` holds no numbers or some far from [0, 1].
         """
+        _check_values(float(x.min()), float(x.max()))
         height, width = x.shape[-2:]
         out = x.new_empty(1, 3, height * self.fit.scale, width * self.fit.scale)
 
         def write(top: int, rows: Tensor) -> None:
             out[..., top : top + rows.shape[-2], :] = rows.clamp(0, 1)
 
-        self.paint(Canvas((height, width), lambda rows, columns: x[..., rows, columns], write, self.fit.scale))
+        self.paint(
+            Canvas((height, width), lambda rows, columns: x[..., rows, columns].clamp(0, 1), write, self.fit.scale)
+        )
         return out
 
     @torch.no_grad()
@@ -131,9 +144,7 @@ class Restorer:
         """Restore an image wherever it is kept; what is written is not clipped. Errors as for a call."""
         with self.maps.recording() if self.maps else nullcontext():
             height, width = canvas.size
-            multiple = self.fit.multiple
-            auto = self.tile == 'auto'
-            tile = choose_tile(self.net, height, width, self.device, multiple) if auto else self.tile
+            tile = self._tile_for(height, width)
             if not tile or max(height, width) <= tile:
                 try:
                     self._run_tiles(canvas, None, max(height, width), 0)
@@ -146,6 +157,28 @@ class Restorer:
                     f'out of memory for {width} x {height} pixels at once: trying tiles of {tile}.', stacklevel=3
                 )
             self._paint_tiles(canvas, tile)
+
+    def _tile_for(self, height: int, width: int) -> int:
+        """Side of the tiles for an image; 0: none. What was asked for is made smaller where memory cannot suffice."""
+        try:
+            self.bytes_per_pixel  # noqa: B018  found by a dry run
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return MIN_TILE if self.tile == 'auto' else self.tile
+        if self.tile == 'auto':
+            return choose_tile(height, width, memory_budget(self.device), self.bytes_per_pixel)
+        high, wide = (min(side, self.tile or side) for side in (height, width))
+        free = memory_budget(self.device, all_of_it=True)
+        tile = choose_tile(high, wide, free, self.bytes_per_pixel)
+        if not tile:
+            return self.tile
+        warnings.warn(
+            f'{wide} x {high} pixels at once want some {high * wide * self.bytes_per_pixel / 1e9:.1f} GB, and '
+            f'{free / 1e9:.1f} GB are free: tiles of {tile} are taken instead of {self.tile or "the whole picture"}.',
+            stacklevel=4,
+        )
+        return tile
 
     def _paint_tiles(self, canvas: Canvas, tile: int) -> None:
         for size, overlap in halvings(tile, self.overlap):
@@ -204,7 +237,8 @@ def restore(
         An array of the dtype of ``image`` and, unless the network enlarges, of its shape; alpha is untouched.
 
     Raises:
-        UserError: An image of another shape or dtype, or as :class:`Restorer`.
+        UserError: An image of another shape or dtype, floats that are no numbers or far from [0, 1], or as
+            :class:`Restorer`.
     """
     channels = image.shape[2] if image.ndim == 3 else 1
     known = image.dtype in (np.uint8, np.uint16) or np.issubdtype(image.dtype, np.floating)
@@ -212,6 +246,8 @@ def restore(
         raise UserError(
             f'expected an image (H, W) or (H, W, 1 to 4) of uint8, uint16 or float, got {image.shape} of {image.dtype}.'
         )
+    if image.dtype.kind == 'f':
+        _check_values(float(image.min()), float(image.max()))
     restorer = model if isinstance(model, Restorer) else Restorer(model, **options)
     pixels = image.reshape(*image.shape[:2], channels)
     out = enlarged(pixels, restorer.fit.scale)
@@ -220,6 +256,8 @@ def restore(
 
     def read(rows: slice, columns: slice) -> Tensor:
         part = pixels[rows, columns, :colours].astype(np.float32) / np.float32(peak)
+        if image.dtype.kind == 'f':
+            part = part.clip(0, 1)
         return torch.from_numpy(part).permute(2, 0, 1)[None].expand(-1, 3, -1, -1).contiguous()
 
     def write(top: int, rows: Tensor) -> None:
@@ -232,6 +270,17 @@ def restore(
 
     restorer.paint(Canvas(image.shape[:2], read, write, restorer.fit.scale))
     return out.reshape(*out.shape[:2], *image.shape[2:])
+
+
+def _check_values(lowest: float, highest: float) -> None:
+    """Raise UserError unless an image's floats lie in [0, 1]; a little beyond is clipped, with a warning."""
+    if not (math.isfinite(lowest) and math.isfinite(highest)):
+        raise UserError('expected floats in [0, 1], found some that are not finite (NaN or infinite).')
+    if lowest < -OVERSHOOT or highest > 1 + OVERSHOOT:
+        hint = f' Divide by {255 if highest <= 255 else 65535} first.' if lowest >= 0 and highest <= 65535 else ''
+        raise UserError(f'expected floats in [0, 1], found {lowest:g} to {highest:g}.{hint}')
+    if lowest < 0 or highest > 1:
+        warnings.warn(f'values of {lowest:g} to {highest:g} are clipped to [0, 1].', stacklevel=3)
 
 
 def enlarged(pixels: np.ndarray, scale: int) -> np.ndarray:

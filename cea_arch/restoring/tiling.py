@@ -144,19 +144,19 @@ def restore_tiled(
         rest = band[..., finished:, :]
 
 
-def choose_tile(net: nn.Module, height: int, width: int, device: torch.device, multiple: int = 1) -> int:
-    """The largest square tile, in pixels, that memory allows; 0 where the whole image fits.
-
-    The sides of images for ``net`` must be multiples of ``multiple``.
-    """
-    if device.type == 'cuda':
-        budget = int(torch.cuda.mem_get_info(device)[0] * 0.8)
-    else:
-        budget = min(CPU_BUDGET, _free_memory() // 2)
-    pixels = budget // bytes_per_pixel(net, device, multiple)
+def choose_tile(height: int, width: int, budget: int, bytes_per_pixel: int) -> int:
+    """The largest square tile, in pixels, for which ``budget`` bytes suffice; 0 where the whole image fits."""
+    pixels = budget // bytes_per_pixel
     if height * width <= pixels:
         return 0
     return max(math.isqrt(pixels) // ALIGN * ALIGN, 2 * MIN_TILE)
+
+
+def memory_budget(device: torch.device, all_of_it: bool = False) -> int:
+    """Bytes that a network may take for its activations; or all that there are."""
+    if device.type == 'cuda':
+        return int(torch.cuda.mem_get_info(device)[0] * (1 if all_of_it else 0.8))
+    return _free_memory() if all_of_it else min(CPU_BUDGET, _free_memory() // 2)
 
 
 def bytes_per_pixel(net: nn.Module, device: torch.device, multiple: int = 1) -> int:

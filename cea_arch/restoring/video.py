@@ -1,6 +1,8 @@
 """Clips in and out, frame by frame, with their sound. Needs PyAV, an extra."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,24 @@ ENCODERS = {
     '.mkv': ('matroska', 'libx264'),
     '.webm': ('webm', 'libvpx-vp9'),
 }
+WIDE = '10le'  # the end of names of pixel formats of more than 8 bits, as encoders have them
 CRF = '16'  # near the point where more bytes show nothing
 CONVERSION = (
     4 | 0x40000 | 0x2000
 )  # bicubic, accurate rounding, full chroma: the default makes pictures darker by a level
-COLOUR_TAGS = ('color_range', 'colorspace', 'color_primaries', 'color_trc')
+COLOUR_TAGS = ('color_primaries', 'color_trc')
+RGB, BT709, LIMITED = 0, 1, 1  # of FFmpeg's matrices and ranges
+FAR_FROM_SRGB = {16: 'PQ', 18: 'HLG'}  # of FFmpeg's transfer characteristics
+OF_THE_CONTAINER = ('major_brand', 'minor_version', 'compatible_brands', 'encoder')  # metadata that is written anew
 
 
 def restore_clip(
     source: Path, target: Path, restorer: Restorer, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> None:
-    """Restore each frame of a clip by itself, in 8 bits; times, colour tags and sound stay, rotation is applied.
+    """Restore each frame of a clip by itself.
+
+    Times, shape of pixels, colour tags, sound, subtitles, chapters and metadata stay, and more than 8 bits where the
+    encoder has them; rotation is applied. What cannot stay is said in a warning.
 
     Args:
         source, target: Paths whose suffix is one of ``ENCODERS``; ``target`` is written beside and renamed.
@@ -37,64 +46,135 @@ def restore_clip(
     Raises:
         UserError: PyAV is absent, or ``source`` is no clip with pictures, or is damaged.
     """
-    av = need('av', 'video', 'clips')
+    container, encoder = ENCODERS[target.suffix.lower()]
+    with _opened(source) as clip:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with written_beside(target) as aside, av().open(str(aside), 'w', format=container) as out:
+            for note in _Transcoding(clip, out, encoder, restorer).run(progress):
+                warnings.warn(f'{source}: {note}.', stacklevel=2)
+
+
+def clip_size(source: Path) -> tuple[int, int, int]:
+    """Number of frames, 0 where the file does not say, height and width of a clip. Errors as :func:`restore_clip`."""
+    with _opened(source) as clip:
+        video = clip.streams.video[0]
+        frames = video.frames or round(float((clip.duration or 0) / 1e6 * (video.average_rate or 0)))
+        return frames, video.height, video.width
+
+
+def av() -> Any:
+    """PyAV, an extra."""
+    return need('av', 'video', 'clips')
+
+
+@contextmanager
+def _opened(source: Path) -> Iterator[Any]:
     try:
-        with av.open(str(source)) as clip:
+        with av().open(str(source), metadata_errors='surrogateescape') as clip:
             if not clip.streams.video:
                 raise UserError(f'{source} has no pictures.')
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with (
-                written_beside(target) as aside,
-                av.open(str(aside), 'w', format=ENCODERS[target.suffix.lower()][0]) as out,
-            ):
-                _transcode(clip, out, ENCODERS[target.suffix.lower()][1], restorer, progress)
-    except av.FFmpegError as error:
+            yield clip
+    except av().FFmpegError as error:
         raise UserError(f'{source}: not a clip, or damaged: {error.strerror}.') from error
 
 
-def _transcode(clip: Any, out: Any, encoder: str, restorer: Restorer, progress: Callable[[int, int], None]) -> None:
-    video = clip.streams.video[0]
-    # sound before the first frame: a container wants all streams declared, and the size is known with that frame
-    sound = {stream: out.add_stream_from_template(stream) for stream in clip.streams.audio}
-    stream = out.add_stream(encoder, rate=video.average_rate, options={'crf': CRF})
-    waiting, done = [], 0
-    for packet in clip.demux(video, *sound):
-        if packet.stream in sound:
-            if packet.dts is not None:
-                packet.stream = sound[packet.stream]
-                waiting.append(packet)
-            continue
-        for frame in packet.decode():
-            restored = _restored(frame, restorer)
-            if not done:
-                _describe(stream, video, restored)
-            out.mux(stream.encode(restored))
-            done += 1
-            progress(done, video.frames)
+class _Transcoding:
+    """One clip on its way into another file."""
+
+    def __init__(self, clip: Any, out: Any, encoder: str, restorer: Restorer) -> None:
+        self.clip, self.out, self.restorer = clip, out, restorer
+        self.video = clip.streams.video[0]
+        self.notes: list[str] = []
+        # other streams before the first frame: a container wants all declared, and the size is known with that frame
+        self.copied = {stream: self._copy(stream) for stream in (*clip.streams.audio, *clip.streams.subtitles)}
+        self.copied = {stream: copy for stream, copy in self.copied.items() if copy}
+        chapters = len(clip.streams.data) if clip.chapters() else 0  # a track that MP4 keeps their titles in
+        left = len(clip.streams) - 1 - len(self.copied) - chapters
+        if left:
+            self.notes.append(f'{left} of its streams cannot be copied, and are dropped')
+        self.stream = out.add_stream(encoder, rate=self.video.average_rate, options={'crf': CRF})
+        self._copy_metadata()
+        self.wide = self._is_wide()
+
+    def run(self, progress: Callable[[int, int], None]) -> list[str]:
+        """Restore all; returns what could not stay."""
+        waiting, done = [], 0
+        for packet in self.clip.demux(self.video, *self.copied):
+            if packet.stream in self.copied:
+                if packet.dts is not None:
+                    packet.stream = self.copied[packet.stream]
+                    waiting.append(packet)
+                continue
+            for frame in packet.decode():
+                restored = self._restored(frame)
+                if not done:
+                    self._describe(restored, frame)
+                self.out.mux(self.stream.encode(restored))
+                done += 1
+                progress(done, self.video.frames)
+            if done:
+                self.out.mux(waiting)
+                waiting = []
         if done:
-            out.mux(waiting)
-            waiting = []
-    if done:
-        out.mux(stream.encode(None))
-        out.mux(waiting)
+            self.out.mux(self.stream.encode(None))
+            self.out.mux(waiting)
+        return self.notes
 
+    def _copy(self, stream: Any) -> Any:
+        try:
+            copy = self.out.add_stream_from_template(stream)
+        except (ValueError, av().FFmpegError):  # this container does not take it
+            return None
+        copy.metadata.update(stream.metadata)
+        copy.disposition = stream.disposition
+        return copy
 
-def _restored(frame: Any, restorer: Restorer) -> Any:
-    pixels = np.rot90(frame.reformat(format='rgb24', interpolation=CONVERSION).to_ndarray(), round(frame.rotation / 90))
-    restored = type(frame).from_ndarray(np.ascontiguousarray(restore(pixels, restorer)), format='rgb24')
-    odd = restored.width % 2 or restored.height % 2  # colour at half the size needs an even one
-    restored = restored.reformat(
-        format='yuv444p' if odd else 'yuv420p',
-        dst_colorspace=frame.colorspace,
-        dst_color_range=frame.color_range,
-        interpolation=CONVERSION,
-    )
-    restored.pts, restored.time_base = frame.pts, frame.time_base
-    return restored
+    def _copy_metadata(self) -> None:
+        for source, target in ((self.clip, self.out), (self.video, self.stream)):
+            kept = {key: text for key, text in source.metadata.items() if key.lower() not in OF_THE_CONTAINER}
+            target.metadata.update({key: text for key, text in kept.items() if key.upper() != 'DURATION'})
+        if chapters := self.clip.chapters():
+            self.out.set_chapters(chapters)
 
+    def _is_wide(self) -> bool:
+        """Whether frames go through 16 bits a channel, as they have more than 8."""
+        bits = max((part.bits for part in self.video.format.components), default=8)
+        can = f'yuv420p{WIDE}' in {known.name for known in self.stream.codec_context.codec.video_formats}
+        if bits > 8 and not can:
+            self.notes.append(f'its {bits} bits become 8, which is all that the encoder of this container has')
+        elif bits > 10:
+            self.notes.append(f'its {bits} bits become 10')
+        if (far := FAR_FROM_SRGB.get(self.video.codec_context.color_trc)) is not None:
+            self.notes.append(f'its values are {far}; they are restored as if they were sRGB, and stay tagged so')
+        return bits > 8 and can
 
-def _describe(stream: Any, video: Any, frame: Any) -> None:
-    stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, frame.format.name
-    stream.time_base = stream.codec_context.time_base = video.time_base
-    for tag in COLOUR_TAGS:
-        setattr(stream.codec_context, tag, getattr(video.codec_context, tag))
+    def _restored(self, frame: Any) -> Any:
+        kind = 'rgb48le' if self.wide else 'rgb24'
+        pixels = frame.reformat(format=kind, interpolation=CONVERSION).to_ndarray()
+        pixels = np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+        restored = type(frame).from_ndarray(restore(pixels, self.restorer), format=kind)
+        odd = restored.width % 2 or restored.height % 2  # colour at half the size needs an even one
+        matrix, colour_range = self._tags(frame)
+        restored = restored.reformat(
+            format=('yuv444p' if odd else 'yuv420p') + WIDE * self.wide,
+            dst_colorspace=matrix,
+            dst_color_range=colour_range,
+            interpolation=CONVERSION,
+        )
+        restored.pts, restored.time_base = frame.pts, frame.time_base
+        return restored
+
+    def _describe(self, restored: Any, frame: Any) -> None:
+        stream, context = self.stream, self.stream.codec_context
+        stream.width, stream.height, stream.pix_fmt = restored.width, restored.height, restored.format.name
+        stream.time_base = context.time_base = self.video.time_base
+        for tag in COLOUR_TAGS:
+            setattr(context, tag, getattr(self.video.codec_context, tag))
+        context.colorspace, context.color_range = self._tags(frame)
+        shape = self.video.sample_aspect_ratio
+        if shape:
+            context.sample_aspect_ratio = 1 / shape if round(frame.rotation / 90) % 2 else shape
+
+    def _tags(self, frame: Any) -> tuple[int, int]:
+        """Matrix and range to code the result with: those of the clip; ours for one of RGB, which has none."""
+        return (BT709, LIMITED) if frame.colorspace == RGB else (frame.colorspace, frame.color_range)

@@ -179,7 +179,7 @@ def test_in_order_stays_a_few_items_ahead_and_passes_errors_on():
     assert [next(results) for _ in range(3)] == [0, 1, 4]
     assert len(taken) <= 3 + 8
     assert list(results) == [number * number for number in range(3, 100)]
-    with pytest.raises(UserError, match='cannot be decoded'):
+    with pytest.raises(UserError, match='the file is empty'):
         list(in_order(lambda data: decode(data, 'x'), [b''], workers=2))
 
 

@@ -9,10 +9,11 @@ from PIL import Image
 from torch import nn
 
 from cea_arch.cli import main
+from cea_arch.data.pictures import Picture, read_picture
 from cea_arch.errors import UserError
 from cea_arch.interop import demo
-from cea_arch.restoring.pictures import Picture, read_picture, write_picture
 from cea_arch.restoring.restorer import Restorer, restore
+from cea_arch.restoring.writing import write_picture
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 BROWSER, DRIVER = (shutil.which(name) for name in ('chromium', 'chromedriver'))

@@ -22,6 +22,7 @@ from cea_arch.restoring.tiling import (
     choose_tile,
     halvings,
     keep_freed_memory,
+    memory_budget,
     restore_tiled,
     spans,
 )
@@ -270,7 +271,8 @@ def test_tile_follows_memory(monkeypatch):
     per_pixel = bytes_per_pixel(net, cpu)
     assert 100 < per_pixel < 5000
     monkeypatch.setattr('cea_arch.restoring.tiling._free_memory', lambda: 2 * per_pixel * 200 * 200)
-    assert choose_tile(net, 200, 200, cpu) == 0
-    assert choose_tile(net, 201, 200, cpu) == 192
+    assert choose_tile(200, 200, memory_budget(cpu), per_pixel) == 0
+    assert choose_tile(201, 200, memory_budget(cpu), per_pixel) == 192
+    assert choose_tile(400, 200, memory_budget(cpu, all_of_it=True), per_pixel) == 0
     assert list(halvings(256, 32)) == [(256, 32), (128, 32), (64, 16)]
     assert list(halvings(96, 32)) == [(96, 16), (64, 16)]

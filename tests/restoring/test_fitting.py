@@ -9,11 +9,12 @@ from torch import nn
 import cea_arch
 from cea_arch.checkpoints import write_checkpoint
 from cea_arch.cli import main
+from cea_arch.data.pictures import Picture, read_picture
 from cea_arch.errors import UserError
 from cea_arch.networks.with_cea import WithCEA, merge
 from cea_arch.restoring.fitting import Fit, find_fit
-from cea_arch.restoring.pictures import Picture, read_picture, write_picture
 from cea_arch.restoring.restorer import Restorer
+from cea_arch.restoring.writing import write_picture
 from tests.layers.test_inject import awaken, build, options_of
 from tests.networks.test_cea_ir import lively
 

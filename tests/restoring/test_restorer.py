@@ -7,9 +7,10 @@ from torch import nn
 
 import cea_arch
 from cea_arch.cli import main
+from cea_arch.data.pictures import Picture, read_picture
 from cea_arch.errors import UserError
-from cea_arch.restoring.pictures import Picture, read_picture, write_picture
-from cea_arch.restoring.restorer import Restorer, enlarged
+from cea_arch.restoring.restorer import Restorer, enlarged, restore
+from cea_arch.restoring.writing import write_picture
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -176,3 +177,45 @@ def test_half_precision_falls_back_where_numbers_overflow(small_net):
 def test_bad_options_are_named(small_net, options, message):
     with pytest.raises(UserError, match=message):
         Restorer(small_net, **options)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (
+            lambda image: image.__setitem__((3, 4, 1), np.nan),
+            'found some that are not finite',
+        ),
+        (lambda image: image.__setitem__((3, 4, 1), np.inf), 'not finite'),
+        (lambda image: image.__imul__(255), r'expected floats in \[0, 1\], found .* to 2\d\d.*\. Divide by 255 first'),
+        (lambda image: image.__imul__(60000), 'Divide by 65535 first'),
+        (lambda image: image.__isub__(2), r'found -\d.*\d\.$'),
+    ],
+)
+def test_floats_that_are_no_picture_are_refused(small_net, change, message):
+    image = np.random.default_rng(0).random((24, 20, 3)).astype(np.float32)
+    change(image)
+    restorer = Restorer(small_net, 'cpu')
+    with pytest.raises(UserError, match=message):
+        restore(image, restorer)
+    with pytest.raises(UserError, match=message):
+        restorer(torch.from_numpy(image).permute(2, 0, 1)[None])
+
+
+def test_floats_a_little_beyond_are_clipped_and_said(small_net):
+    image = np.random.default_rng(0).random((24, 20, 3)).astype(np.float32) * 1.2 - 0.1
+    restorer = Restorer(small_net, 'cpu')
+    with pytest.warns(UserWarning, match=r'values of -0\.0.* to 1\.0.* are clipped to \[0, 1\]'):
+        found = restore(image, restorer)
+    assert np.array_equal(found, restore(image.clip(0, 1), restorer))
+
+
+@pytest.mark.parametrize('tile', [0, 512])
+def test_a_tile_that_memory_cannot_hold_is_made_smaller_and_said(small_net, monkeypatch, tile):
+    restorer = Restorer(small_net, 'cpu', tile=tile)
+    x = torch.rand(1, 3, 300, 260)
+    monkeypatch.setattr('cea_arch.restoring.tiling._free_memory', lambda: restorer.bytes_per_pixel * 150 * 150)
+    wanted = tile or 'the whole picture'
+    with pytest.warns(UserWarning, match=f'260 x 300 pixels at once .* tiles of 144 are taken instead of {wanted}'):
+        found = restorer(x)
+    assert torch.equal(found, Restorer(small_net, 'cpu', tile=144)(x))

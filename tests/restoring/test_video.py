@@ -1,5 +1,8 @@
 """`cea restore` of clips."""
 
+import warnings
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from torch import nn
 from cea_arch.cli import main
 from cea_arch.errors import UserError
 from cea_arch.restoring.restorer import Restorer
-from cea_arch.restoring.video import ENCODERS, restore_clip
+from cea_arch.restoring.video import ENCODERS, clip_size, restore_clip
 
 av = pytest.importorskip('av', reason='needs the extra: pip install -e ".[video]"')
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -79,6 +82,89 @@ def test_times_colours_and_sound_stay(tmp_path, photograph, suffix, size, colour
     assert after[2] == before[2]
     assert after[3] == before[3] != []
     assert [done for done, _ in seen] == [1, 2, 3, 4, 5, 6]
+
+
+def write_odd_clip(path, photograph, shape=None, kind='yuv420p', encoder='libx264', transfer=None):
+    """A clip of pixels that are not square, of another pixel format, with metadata, a chapter and subtitles."""
+    with av.open(str(path), 'w', format=ENCODERS[path.suffix][0]) as out:
+        video = out.add_stream(encoder, rate=12, options={'crf': '5', 'qp': '0'})
+        video.width, video.height, video.pix_fmt = 64, 48, kind
+        if shape:
+            video.codec_context.sample_aspect_ratio = shape
+        if transfer:
+            video.codec_context.color_trc = transfer
+        out.metadata.update({'title': 'Zoë 山田', 'creation_time': '2024-05-06T07:08:09.000000Z'})
+        audio = out.add_stream('aac', rate=48000)
+        audio.metadata['language'] = 'deu'
+        spoken = path.with_suffix('.srt')
+        spoken.write_text('1\n00:00:00,100 --> 00:00:00,400\nGuten Tag, Zoë\n', 'utf-8')
+        words = av.open(str(spoken)) if path.suffix == '.mkv' else None  # MP4 has subtitles of its own kind alone
+        subtitles = out.add_stream_from_template(words.streams.subtitles[0]) if words else None
+        second = Fraction(1, 1000)
+        out.set_chapters([{'id': 1, 'start': 0, 'end': 300, 'time_base': second, 'metadata': {'title': 'first'}}])
+        for i in range(FRAMES):
+            picture = np.ascontiguousarray(photograph[i * 2 : i * 2 + 48, 60:124])
+            frame = av.VideoFrame.from_ndarray(picture.astype(np.uint16) * 257, format='rgb48le')
+            out.mux(video.encode(frame.reformat(format=kind)))
+        out.mux(video.encode(None))
+        frame = av.AudioFrame.from_ndarray(np.zeros((2, 24000), np.float32), format='fltp', layout='stereo')
+        frame.sample_rate = 48000
+        out.mux([*audio.encode(frame), *audio.encode(None)])
+        for packet in words.demux() if words else ():
+            if packet.dts is not None:
+                packet.stream = subtitles
+                out.mux(packet)
+
+
+@pytest.mark.parametrize('suffix', ['.mp4', '.mkv'])
+def test_what_a_clip_says_of_itself_stays(tmp_path, photograph, suffix):
+    source, target = tmp_path / f'a{suffix}', tmp_path / f'b{suffix}'
+    write_odd_clip(source, photograph, Fraction(32, 27))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        restore_clip(source, target, Restorer(nn.Identity(), 'cpu'))
+    with av.open(str(source)) as before, av.open(str(target)) as after:
+        assert after.streams.video[0].sample_aspect_ratio == Fraction(32, 27)
+        for name in ('title', 'creation_time'):
+            found = {key.lower(): text for key, text in after.metadata.items()}
+            assert found[name] == {key.lower(): text for key, text in before.metadata.items()}[name]
+        assert after.streams.audio[0].language == 'deu'
+        assert [chapter['metadata']['title'] for chapter in after.chapters()] == ['first']
+        assert [c['end'] * c['time_base'] for c in after.chapters()] == [Fraction(3, 10)]
+        if suffix == '.mkv':
+            spoken = [bytes(packet) for packet in after.demux(subtitles=0) if packet.dts is not None]
+            assert spoken == ['Guten Tag, Zoë'.encode()]
+    frames, height, width = clip_size(target)
+    assert FRAMES <= frames <= FRAMES + 1  # Matroska says but how long it is, its sound included
+    assert (height, width) == (48, 64)
+
+
+@pytest.mark.parametrize('kind', ['yuv420p10le', 'gbrp', 'yuv444p'])
+def test_pixel_formats_of_clips(tmp_path, photograph, kind):
+    source, target = tmp_path / 'a.mkv', tmp_path / 'b.mkv'
+    encoder = 'libx264rgb' if kind == 'gbrp' else 'libx264'
+    write_odd_clip(source, photograph, kind='rgb24' if kind == 'gbrp' else kind, encoder=encoder)
+    restore_clip(source, target, Restorer(nn.Identity(), 'cpu'))
+    (before, _, _, _), (after, _, said, _) = read_clip(source), read_clip(target)
+    assert np.abs(after - before).mean() < 4
+    assert np.abs((after - before).mean(axis=(0, 1, 2))).max() < 2  # reading rounds down
+    with av.open(str(target)) as clip:
+        assert clip.streams.video[0].format.name == {'yuv420p10le': 'yuv420p10le'}.get(kind, 'yuv420p')
+    assert said[2] == (1 if kind == 'gbrp' else 2)  # BT.709, and unspecified
+
+
+def test_what_a_clip_loses_is_said(tmp_path, photograph):
+    write_odd_clip(tmp_path / 'a.mkv', photograph, kind='yuv420p10le', transfer=16)
+    with pytest.warns(UserWarning, match=r'a\.mkv: its values are PQ; they are restored as if they were sRGB'):
+        restore_clip(tmp_path / 'a.mkv', tmp_path / 'b.mkv', Restorer(nn.Identity(), 'cpu'))
+    with av.open(str(tmp_path / 'b.mkv')) as clip:
+        assert clip.streams.video[0].codec_context.color_trc == 16
+    (tmp_path / 'c.mkv').write_bytes((tmp_path / 'a.mkv').read_bytes())
+    with pytest.warns(UserWarning, match=r'c\.mkv') as said:
+        restore_clip(tmp_path / 'c.mkv', tmp_path / 'd.webm', Restorer(nn.Identity(), 'cpu'))
+    words = [str(warning.message) for warning in said]
+    assert f'{tmp_path}/c.mkv: its 10 bits become 8, which is all that the encoder of this container has.' in words
+    assert f'{tmp_path}/c.mkv: 2 of its streams cannot be copied, and are dropped.' in words
 
 
 def test_frames_are_restored_and_enlarged(tmp_path, photograph):
