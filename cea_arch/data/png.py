@@ -32,6 +32,8 @@ def chunks(data: bytes, notes: list[str]) -> list[Chunk]:
     """
     found = []
     for kind, at, length in headers(io.BytesIO(data)):
+        if at + length + 4 > len(data):
+            break
         content = data[at : at + length]
         if struct.pack('>I', zlib.crc32(kind + content)) == data[at + length : at + length + 4]:
             found.append((kind, content))

@@ -18,6 +18,7 @@ from cea_arch.data.replay import seed_all
 from cea_arch.errors import UserError
 from cea_arch.metrics.protocols import PROTOCOLS
 from cea_arch.metrics.report import Report
+from cea_arch.models.resuming import differences, made_with, take_up
 from cea_arch.models.training_step import TrainingStep, checkpoint_activations, memory_format, optimizer_class
 from cea_arch.models.validation import ValidatedModel
 from cea_arch.networks.with_cea import WithCEA
@@ -45,6 +46,7 @@ class CEAModel(ValidatedModel):
         val = opt.get('val') or {}
         self.protocol = val.get('protocol')
         self.replaced = 0
+        self.made_with = made_with(opt)  # before BasicSR takes out what it has read
         super().__init__(opt)
         folder = opt['path']['experiments_root' if self.is_train else 'results_root']
         self.metrics = val.get('metrics') or {}
@@ -237,12 +239,15 @@ class CEAModel(ValidatedModel):
             'scaler': self.step.scaler.state_dict(),
             'threads': self.threads.state_dict(),
             'best_metric_results': getattr(self, 'best_metric_results', {}),
+            'made_with': self.made_with,
         }
         write_checkpoint(state, os.path.join(self.opt['path']['training_states'], f'{current_iter}.state'))
 
     def resume_training(self, resume_state: dict[str, Any]) -> None:
-        """Take up optimizers, schedulers, loss scaling, the number of threads and the best scores."""
-        super().resume_training(resume_state)
+        """Take up optimizers, schedules, loss scaling, threads and the best scores; says which options are others."""
+        said = list(differences(resume_state.get('made_with') or self.made_with, self.made_with))
+        for sentence in said + take_up(self.optimizers, self.schedulers, resume_state):
+            get_root_logger().info(f'Going on: {sentence}')
         self.step.scaler.load_state_dict(resume_state.get('scaler', {}))
         self.threads.load_state_dict(resume_state.get('threads', {}))
         if resume_state.get('best_metric_results'):

@@ -16,10 +16,9 @@ import torch
 from basicsr.models import build_model
 
 from cea_arch import distributed
-from cea_arch.checkpoints import check_fit, read_checkpoint, weights_of
 from cea_arch.metrics.protocols import PROTOCOLS
 from cea_arch.models.cea_model import CEAModel
-from cea_arch.networks.with_cea import WithCEA, holds_layers_alone
+from cea_arch.networks.with_cea import WithCEA
 from cea_arch.training.loaders import training_loader
 from cea_arch.training.options import Parts, check_options, read_options
 from cea_arch.training.pipeline import parsed_options
@@ -57,8 +56,6 @@ def run(args: argparse.Namespace) -> int:
     several = distributed.spread_batch(parsed | {'dist': args.processes > 1, 'world_size': args.processes})
     with opt.placing():
         parts = check_options(several, may_miss=True)
-    if 'path.pretrain_network_g' not in parts.missing:
-        _check_weights(parsed, parts)
     rows = _training(several, parts, distributed.devices(several)) if is_train else _testing(parsed, parts)
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
@@ -174,15 +171,6 @@ def _call(options: dict[str, Any]) -> str:
         if key != 'type'
     )
     return f'{options["type"]}({words})' if words else options['type']
-
-
-def _check_weights(opt: dict[str, Any], parts: Parts) -> None:
-    file = opt['path'].get('pretrain_network_g')
-    if not file or opt['path'].get('strict_load_g') is False:
-        return
-    weights = weights_of(read_checkpoint(file), file)
-    if not holds_layers_alone(weights):
-        check_fit(parts.network.state_dict(), weights, f'{file} does not fit network_g')
 
 
 def _stored_bytes(parts: Parts) -> int:

@@ -12,9 +12,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from cea_arch import distributed
+from cea_arch.checkpoints import check_fit, read_checkpoint, weights_of
 from cea_arch.errors import UserError, lookup
 from cea_arch.metrics.protocols import find_protocol
-from cea_arch.networks.with_cea import WithCEA
+from cea_arch.networks.with_cea import WithCEA, holds_layers_alone
 from cea_arch.rules import Checker, section
 from cea_arch.training.option_files import Options, apply_setting, load_options
 from cea_arch.training.option_rules import homes, options_schema
@@ -83,8 +84,8 @@ def read_network(path: str, base: bool = False) -> nn.Module:
         Checker(definitions).check(opt, section({'network_g': definitions['network']}, ['network_g'], closed=False), '')
         options = opt['network_g']
         if base and 'base' in options:
-            return _build_network(options['base'], 'network_g.base')
-        return _build_network(options, 'network_g')
+            return build_network(options['base'], 'network_g.base')
+        return build_network(options, 'network_g')
 
 
 def check_options(opt: dict[str, Any], may_miss: bool = False) -> Parts:
@@ -110,8 +111,10 @@ def check_options(opt: dict[str, Any], may_miss: bool = False) -> Parts:
         raise UserError('path.pretrain_network_g is missing: without it, untrained weights would be tested.', 'path')
     if opt['is_train']:
         _check_training(opt)
-    networks = {key: _build_network(opt[key], key, missing) for key in opt if key.startswith('network_')}
+    networks = {key: build_network(opt[key], key, missing) for key in opt if key.startswith('network_')}
     parts = Parts(networks['network_g'], missing=missing)
+    if 'path.pretrain_network_g' not in missing:
+        _check_weights(opt['path'], parts.network)
     for phase, options in opt['datasets'].items():
         if not any(label.startswith(f'datasets.{phase}.') for label in missing):
             parts.datasets[phase] = _build_dataset(phase, options, opt)
@@ -166,11 +169,12 @@ def _missing(opt: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield from walk(opt[name], name)
 
 
-def _build_network(options: dict[str, Any], label: str, missing: dict[str, str] | None = None) -> nn.Module:
+def build_network(options: dict[str, Any], label: str, missing: dict[str, str] | None = None) -> nn.Module:
+    """The network of a section ``label`` of the options, without files that are ``missing``; errors name the key."""
     options = {key: value for key, value in deepcopy(options).items() if f'{label}.{key}' not in (missing or {})}
     network = lookup(ARCH_REGISTRY, options.pop('type', None), f'{label}.type')
     if network is WithCEA:
-        _build_network(options['base'], f'{label}.base')
+        build_network(options['base'], f'{label}.base')
     try:
         return network(**options)
     except (TypeError, ValueError, AssertionError) as error:
@@ -194,6 +198,16 @@ def _build_dataset(phase: str, options: dict[str, Any], opt: dict[str, Any]) -> 
                 label,
             )
     return dataset
+
+
+def _check_weights(path: dict[str, Any], network: nn.Module) -> None:
+    """Raise UserError unless the weights to start from fit, or may be others."""
+    file = path.get('pretrain_network_g')
+    if not file or path.get('strict_load_g') is False:
+        return
+    weights = weights_of(read_checkpoint(file), file)
+    if not holds_layers_alone(weights):
+        check_fit(network.state_dict(), weights, f'path.pretrain_network_g: {file} does not fit network_g')
 
 
 def _check_training(opt: dict[str, Any]) -> None:

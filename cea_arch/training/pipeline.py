@@ -7,7 +7,6 @@ duration of one call and put back; no file of basicsr is touched.
 import importlib
 import logging
 import os
-import pickle
 import platform
 import shlex
 import shutil
@@ -26,7 +25,7 @@ from typing import Any
 
 import basicsr
 import torch
-from basicsr.utils import check_resume
+from basicsr.models.base_model import BaseModel
 from basicsr.utils.dist_util import master_only
 
 import cea_arch
@@ -35,12 +34,14 @@ from cea_arch.compat import replaced
 from cea_arch.errors import UserError
 from cea_arch.files import locked, remove_leftovers, written_beside
 from cea_arch.models.cea_model import CEAModel
+from cea_arch.models.resuming import take_up
 from cea_arch.models.training_step import TrainingStopped
 from cea_arch.restoring.tiling import keep_freed_memory
 from cea_arch.training.curves import ProgressLogger, open_tensorboard, start_wandb, write_curves
 from cea_arch.training.loaders import ReplaySampler, exact_loaders
 from cea_arch.training.option_files import Options, write_options
 from cea_arch.training.options import check_options, read_options
+from cea_arch.training.resume import agreed_state
 
 
 def run(args: Namespace) -> int:
@@ -88,11 +89,12 @@ def _run_pipeline(module: ModuleType, args: Namespace, opt: Options, file: Path,
     if args.command == 'train':
         resumed = {}
         changes += [
-            (module, 'load_resume_state', lambda opt: resumed.setdefault('state', _agreed_state(opt))),
+            (module, 'load_resume_state', lambda parsed: resumed.setdefault('state', _state(parsed, opt))),
             (module, 'EnlargedSampler', ReplaySampler),
             (module, 'create_train_val_dataloader', exact_loaders(module, resumed)),
             (module, 'init_tb_logger', lambda log_dir: open_tensorboard(log_dir, resumed['state'])),
             (module, 'init_wandb_logger', start_wandb),
+            (BaseModel, 'resume_training', _resume),
             (module, 'MessageLogger', ProgressLogger),
         ]
     keep_freed_memory()
@@ -108,45 +110,15 @@ def _run_pipeline(module: ModuleType, args: Namespace, opt: Options, file: Path,
             write_curves(args.root, opt['name'])
 
 
-def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
-    """The state to go on from: ``path.resume_state``, or with ``--auto_resume`` the newest one that is whole.
-
-    Works without CUDA and from any folder.
-
-    Raises:
-        UserError: The state that was asked for, or every one that exists, cannot be read.
-    """
-    if opt['auto_resume']:
-        states = list(Path(opt['path']['training_states']).glob('*.state'))
-        states = sorted((p for p in states if p.stem.isdigit()), key=lambda p: int(p.stem), reverse=True)
-    else:
-        states = [Path(p) for p in [opt['path'].get('resume_state')] if p]
-    for path in states:
-        try:
-            state = torch.load(path, map_location='cpu', weights_only=True)
-            weights = path.parent.parent / 'models' / f'net_g_{state["iter"]}.pth'
-            torch.load(weights, map_location='cpu', weights_only=True, mmap=True)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            logging.getLogger('cea_arch').warning('Cannot resume from %s: %s', path, error)
-            continue
-        opt['path']['resume_state'] = str(path)
-        check_resume(opt, state['iter'])
-        return state
-    if states:
-        raise UserError(f'none of the {len(states)} training states can be read; the newest is {states[0]}.')
-    return None
+def _state(parsed: dict[str, Any], opt: Options) -> dict[str, Any] | None:
+    with opt.placing():
+        return agreed_state(parsed)
 
 
-def _agreed_state(opt: dict[str, Any]) -> dict[str, Any] | None:
-    """The state to go on from, the same one in all processes."""
-    state = load_resume_state(opt)
-    found = distributed.gather(state and state['iter'])
-    if len(set(found)) > 1:
-        raise UserError(
-            f'the processes found different training states, of iterations {found}: the folder experiments must be one '
-            'that all machines share.'
-        )
-    return state
+def _resume(model: BaseModel, state: dict[str, Any]) -> None:
+    """BasicSR's models, too, go on with the schedule that the options say now."""
+    for sentence in take_up(model.optimizers, model.schedulers, state):
+        logging.getLogger('basicsr').info('Going on: %s', sentence)
 
 
 def _start(launcher: str, opt: dict[str, Any]) -> None:

@@ -41,7 +41,8 @@ def prepared(path, lmdb, is_train):
         opt['network_g']['pretrained_base'] = str(lmdb.parent / 'base.pth')
         torch.save(build_network(opt['network_g']['base']).state_dict(), lmdb.parent / 'base.pth')
     if opt['path'].get('pretrain_network_g'):
-        opt['path']['pretrain_network_g'] = __file__
+        opt['path']['pretrain_network_g'] = str(lmdb.parent / 'weights.pth')
+        torch.save(build_network(opt['network_g']).state_dict(), lmdb.parent / 'weights.pth')
     return opt
 
 
