@@ -31,8 +31,8 @@ _MANY = 8  # names; beyond, the hint comes before them
 _ANNOTATIONS = {int: {'type': 'integer'}, float: {'type': 'number'}, bool: FLAG, str: TEXT, type(None): NULL}
 
 
-def whole(least: int = 1) -> Rule:
-    return {'type': 'integer', 'minimum': least}
+def whole(least: int = 1, most: int | None = None) -> Rule:
+    return {'type': 'integer', 'minimum': least} | ({} if most is None else {'maximum': most})
 
 
 def number(**bounds: float) -> Rule:

@@ -110,9 +110,13 @@ def export_weights(
 def _traced(net: nn.Module, image: Tensor, multiple: int) -> torch.export.ExportedProgram:
     size = {axis: Dim.DYNAMIC if multiple == 1 else multiple * Dim(f'cells{axis}') for axis in (2, 3)}
     try:
-        return torch.export.export(net, (image,), dynamic_shapes=(size,))
+        program = torch.export.export(net, (image,), dynamic_shapes=(size,))
     except (RuntimeError, ValueError) as error:
         raise UserError(CANNOT.format(str(error).strip().splitlines()[0])) from error
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    for node in (node for graph in graphs for node in graph.nodes):
+        node.meta.pop('stack_trace', None)  # with paths of this machine
+    return program
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
@@ -120,6 +124,8 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # the exporter's, about its own future
         traced = torch.onnx.export(program, input_names=['lq'], output_names=['restored'], verbose=False, dynamo=True)
+    for node in traced.model.graph.all_nodes():
+        node.metadata_props.pop('pkg.torch.onnx.stack_trace', None)  # with paths of this machine
     traced.save(path, external_data=False)  # one file
 
 

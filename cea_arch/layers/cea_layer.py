@@ -1,6 +1,8 @@
 """The CEA layer: an image's own residual beside a module that this package did not write."""
 
+import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,8 @@ from torch import Tensor, nn
 from cea_arch.layers.cea import Parts, assemble
 from cea_arch.layers.hyper_adapter import HyperAdapter
 from cea_arch.layers.tokens import LAYOUTS, as_tokens, from_tokens
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class CEALayer(nn.Module):
@@ -29,6 +33,8 @@ class CEALayer(nn.Module):
     Raises:
         ValueError: An unknown word, or a size that :class:`cea_arch.layers.HyperAdapter` refuses.
     """
+
+    alone = False  # copied without its network
 
     def __init__(
         self,
@@ -74,6 +80,19 @@ class CEALayer(nn.Module):
         factors = bases, directions * (self.gamma * self.gain)
         spec = self.adapter.spec
         return from_tokens(assemble(onto, tokens, factors, spec.rank, self.adapter.routing), y, self.layout)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> 'CEALayer':
+        """A copy, as torch makes it, which knows whether its module was copied alone.
+
+        So fusing begins, which then changes the module's weights: what the layer adds would no longer fit.
+        """
+        copied = type(self).__new__(type(self))
+        outermost = next(iter(memo.values()), None)
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        of_torch = type(outermost).__module__.startswith('torch.nn.modules')
+        copied.alone = of_torch and not isinstance(outermost, CONTAINERS)
+        return copied
 
     def plane(self, x: Tensor) -> Tensor:
         """View features in the layer's layout as ``(B, C, H, W)``; tokens without a plan as ``(B, C, N, 1)``."""

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 from cea_arch.layers.cea import Parts
 from cea_arch.layers.cea_layer import CEALayer
+from cea_arch.layers.compiling import look_at_hooks
 
+LOST = (
+    'a module that had a CEA layer was replaced by another one, as quantising and fusing do. Quantise or '
+    'fuse the host first and inject into modules that stay as they are, or leave the targets out of it.'
+)
 PACKED = 'qkv'  # parts of a packed projection, in this order
 
 
@@ -103,12 +108,16 @@ def inject_cea(
         module.cea = layer
         layer.hook_handle = module.register_forward_hook(apply_cea, with_kwargs=True)
     net.cea_batch = [net.register_forward_pre_hook(_note_batch), net.register_forward_hook(_forget_batch)]
+    net.cea_count = len(layers)
+    look_at_hooks()
     return list(wanted)
 
 
 def apply_cea(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
     """The forward hook of a target. A function of its own, so that networks can be copied and pickled."""
-    layer = module.cea
+    layer = getattr(module, 'cea', None)
+    if layer is None or layer.alone:
+        raise ValueError(LOST)
     x = args[0] if args else next(iter(kwargs.values()), None)
     kind = type(module).__name__
     if not (isinstance(x, Tensor) and isinstance(output, Tensor)):
@@ -129,8 +138,11 @@ def apply_cea(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
 def _note_batch(net: nn.Module, args: tuple[Any, ...]) -> None:
     """Tell the layers how many images there are. Not in traced programs, which no such number may enter."""
     if args and isinstance(args[0], Tensor) and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-        for _, module in _injected(net):
-            module.cea.batch = len(args[0])
+        layers = {module.cea for _, module in _injected(net)}
+        if len(layers) < net.cea_count:
+            raise ValueError(LOST)
+        for layer in layers:
+            layer.batch = len(args[0])
 
 
 def _forget_batch(net: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -149,7 +161,7 @@ def remove_cea(net: nn.Module) -> list[str]:
     if targets:
         for handle in net.cea_batch:
             handle.remove()
-        del net.cea_batch
+        del net.cea_batch, net.cea_count
     return [name for name, _ in targets]
 
 

@@ -78,7 +78,11 @@ def score(images: dict[str, np.ndarray], metrics: dict[str, dict[str, Any]]) -> 
         metric = registry('METRIC').get(options.pop('type'))
         float_rgb = getattr(metric, 'float_rgb', False)
         converted = {key: img if float_rgb else uint8_bgr(img) for key, img in images.items()}
-        if 'degraded' in images and images['degraded'].shape == images['clean'].shape:
-            scores[f'{name}_input'] = float(metric(converted['degraded'], converted['clean'], **options))
-        scores[name] = float(metric(converted['restored'], converted['clean'], **options))
+        try:
+            if 'degraded' in images and images['degraded'].shape == images['clean'].shape:
+                scores[f'{name}_input'] = float(metric(img=converted['degraded'], img2=converted['clean'], **options))
+            scores[name] = float(metric(img=converted['restored'], img2=converted['clean'], **options))
+        except Exception as error:
+            height, width = images['clean'].shape[:2]
+            raise UserError(f'metric {name} of {width} x {height} pixels: {type(error).__name__}: {error}') from error
     return scores

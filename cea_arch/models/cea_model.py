@@ -1,6 +1,5 @@
 """CEAModel: BasicSR's SRModel for restoration, with float validation, named loss terms and atomic checkpoints."""
 
-import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from cea_arch.errors import UserError
 from cea_arch.metrics.protocols import PROTOCOLS
 from cea_arch.metrics.report import Report
 from cea_arch.models.resuming import differences, made_with, take_up
-from cea_arch.models.training_step import TrainingStep, checkpoint_activations, memory_format, optimizer_class
+from cea_arch.models.training_step import TrainingStep, build_optimizer, checkpoint_activations, memory_format
 from cea_arch.models.validation import ValidatedModel
 from cea_arch.networks.with_cea import WithCEA
 from cea_arch.threads import ThreadChooser
@@ -102,22 +101,12 @@ class CEAModel(ValidatedModel):
 
     def setup_optimizers(self) -> None:
         """One optimizer over the parameters that train; says how many do not, once."""
-        options = dict(self.opt['train']['optim_g'])
         trained = [p for p in self.net_g.parameters() if p.requires_grad]
         frozen = sum(p.numel() for p in self.net_g.parameters() if not p.requires_grad)
         if frozen:
             get_root_logger().info(f'{frozen:,} parameters are frozen.')
-        self.optimizer_g = self.get_optimizer(options.pop('type'), trained, **options)
+        self.optimizer_g = build_optimizer(self.opt['train']['optim_g'], trained, self.device.type)
         self.optimizers.append(self.optimizer_g)
-
-    def get_optimizer(
-        self, optim_type: str, params: list[nn.Parameter], lr: float, **options: Any
-    ) -> torch.optim.Optimizer:
-        """Build one of ``OPTIMIZERS``, fused where torch has it so; any other name is an error."""
-        optimizer = optimizer_class(optim_type)
-        if 'fused' in inspect.signature(optimizer).parameters and self.device.type in ('cpu', 'cuda'):
-            options.setdefault('fused', True)
-        return optimizer(params, lr, **options)
 
     @master_only
     def print_network(self, net: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """One optimizer step: precision, a batch in parts, clipping, and a guard against numbers that are not finite."""
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -141,8 +142,19 @@ def _no_sync(net: nn.Module) -> AbstractContextManager:
     return net.no_sync() if isinstance(net, DistributedDataParallel) else nullcontext()
 
 
-def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """One of ``OPTIMIZERS`` by its name; any other is an error that names the nearest."""
+def build_optimizer(
+    options: dict[str, Any], parameters: Sequence[nn.Parameter], device_type: str
+) -> torch.optim.Optimizer:
+    """One of ``OPTIMIZERS`` by the options of ``train.optim_g``, fused where torch has it so and they let it.
+
+    Raises:
+        UserError: Another type; names the nearest.
+    """
+    name, options = options['type'], {key: value for key, value in options.items() if key != 'type'}
     if name not in OPTIMIZERS:
         raise UserError(f'train.optim_g.type {name!r} is not known.{suggest(name, OPTIMIZERS)}')
-    return getattr(torch.optim, name)
+    optimizer = getattr(torch.optim, name)
+    others = options.get('foreach') or options.get('differentiable')
+    if 'fused' in inspect.signature(optimizer).parameters and device_type in ('cpu', 'cuda') and not others:
+        options.setdefault('fused', True)
+    return optimizer(parameters, **options)

@@ -13,7 +13,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from cea_arch import distributed
-from cea_arch.errors import UserError
 from cea_arch.metrics.report import write_picture
 
 Curve = tuple[np.ndarray, np.ndarray]
@@ -53,10 +52,7 @@ def open_tensorboard(folder: str, state: dict[str, Any] | None) -> SummaryWriter
 @master_only
 def start_wandb(opt: dict[str, Any]) -> None:
     """As BasicSR's, which calls a function that wandb no longer has: what TensorBoard is told goes to wandb, too."""
-    try:
-        wandb = importlib.import_module('wandb')
-    except ImportError as error:
-        raise UserError('logger.wandb is set, but wandb is not installed: pip install wandb.') from error
+    wandb = importlib.import_module('wandb')
     options = opt['logger']['wandb']
     resumed = {'id': options['resume_id'], 'resume': 'allow'} if options.get('resume_id') else {}
     if not wandb.patched['tensorboard']:

@@ -53,6 +53,11 @@ def exact_loaders(module: ModuleType, resumed: dict[str, dict[str, Any] | None])
             replace = options.get('on_bad_image') == 'replace'
             return ReplayDataset(dataset, opt['manual_seed'], replace) if options['phase'] == 'train' else dataset
 
+        train = opt['datasets']['train']
+        if train.get('prefetch_mode') == 'cpu':
+            # BasicSR's thread that reads ahead waits for ever for someone to take what it has read when a run ends
+            logger.info('prefetch_mode: cpu: the loader reads ahead by its workers.')
+            train['prefetch_mode'] = None
         with replaced([(module, 'build_dataset', build)]):
             loader, sampler, val_loaders, _, total_iter = create_train_val_dataloader(opt, logger)
         loader.worker_init_fn = start_worker

@@ -37,6 +37,7 @@ from cea_arch.rules import (
     whole,
 )
 
+MOST_PROCESSES = 2**16  # BasicSR adds the process to the seed, and NumPy takes 32 bits
 PHASES = {'train': '^train$', 'evaluation': '^(val|test)(_[A-Za-z0-9_]+)?$'}
 _PART = number(minimum=0, exclusiveMaximum=1)
 _POSITIVE = number(exclusiveMinimum=0)
@@ -51,7 +52,7 @@ TOP = {
     'scale': whole(),
     'num_gpu': either(whole(0), one_of('auto')),
     'device': TEXT,
-    'manual_seed': either(whole(0), NULL),
+    'manual_seed': either(whole(0, 2**32 - 1 - MOST_PROCESSES), NULL),
     'network_g': _NETWORK,
     'find_unused_parameters': FLAG,
     'dist_params': section({'backend': one_of('nccl', 'gloo'), 'port': either(whole(), NULL), 'timeout': _POSITIVE}),

@@ -19,7 +19,9 @@ from cea_arch.networks.with_cea import WithCEA, holds_layers_alone
 from cea_arch.rules import Checker, section
 from cea_arch.training.option_files import Options, apply_setting, load_options
 from cea_arch.training.option_rules import homes, options_schema
+from cea_arch.training.rehearsal import rehearse
 
+LONGEST_NAME = 150  # bytes; what BasicSR and we put around it, such as train_*_20260101_000000.log, must fit as well
 DEFAULTS = {
     'num_gpu': 'auto',
     'manual_seed': 0,
@@ -69,6 +71,8 @@ def read_options(path: str, settings: list[str] | None = None, force_yml: list[s
     schema = options_schema()
     with opt.placing():
         Checker(schema['$defs'], homes()).check(opt, schema, '')
+        _check_names(opt)
+        _check_loaders(opt['datasets'])
         _apply_protocol(opt)
     return opt
 
@@ -118,6 +122,7 @@ def check_options(opt: dict[str, Any], may_miss: bool = False) -> Parts:
     for phase, options in opt['datasets'].items():
         if not any(label.startswith(f'datasets.{phase}.') for label in missing):
             parts.datasets[phase] = _build_dataset(phase, options, opt)
+    rehearse(opt, networks['network_g'])
     return parts
 
 
@@ -127,6 +132,38 @@ def _fill(opt: dict[str, Any]) -> None:
             opt[key] = deepcopy(default)
         elif isinstance(default, dict) and isinstance(opt[key], dict):
             opt[key] = {**default, **opt[key]}
+
+
+def _check_names(opt: dict[str, Any]) -> None:
+    """Raise UserError for names that would not become the names of one file or folder each."""
+    named = {'name': opt['name'], 'val.suffix': opt['val'].get('suffix')}
+    named |= {f'datasets.{phase}.name': dataset.get('name') for phase, dataset in opt['datasets'].items()}
+    for label, name in named.items():
+        if name is None:
+            continue
+        if not name.strip() or name in ('.', '..') or any(letter in name for letter in '/\\\0\n'):
+            raise UserError(f'{label}: {name!r} becomes a file or folder: no slash, not empty, not . or ..', label)
+        if len(name.encode()) > LONGEST_NAME:
+            raise UserError(
+                f'{label}: {name!r} becomes part of names of files: at most {LONGEST_NAME} bytes, got '
+                f'{len(name.encode())}.',
+                label,
+            )
+
+
+def _check_loaders(datasets: dict[str, Any]) -> None:
+    """Raise UserError for settings of loaders that torch or BasicSR would refuse, or wait for, later."""
+    for phase, options in datasets.items():
+        label, workers = f'datasets.{phase}', options.get('num_worker_per_gpu', 0) if phase == 'train' else 0
+        if options.get('persistent_workers') and not workers:
+            own = 'num_worker_per_gpu is 0' if phase == 'train' else 'validation and tests have none'
+            raise UserError(f'{label}.persistent_workers: there are no workers, {own}.', f'{label}.persistent_workers')
+        if options.get('prefetch_mode') != 'cuda' or phase != 'train':
+            continue
+        if not torch.cuda.is_available():
+            raise UserError(f'{label}.prefetch_mode: cuda needs a GPU, and there is none.', f'{label}.prefetch_mode')
+        if not options.get('pin_memory'):
+            raise UserError(f'{label}.prefetch_mode: cuda needs pin_memory: true.', f'{label}.prefetch_mode')
 
 
 def complete(opt: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +199,11 @@ def _missing(opt: dict[str, Any]) -> Iterator[tuple[str, str]]:
         for key, item in value.items():
             if isinstance(item, dict):
                 yield from walk(item, f'{label}.{key}')
-            elif key.startswith(('dataroot', 'pretrain')) and item and not Path(item).expanduser().exists():
+            elif (
+                key.startswith(('dataroot', 'pretrain', 'resume_state'))
+                and item
+                and not Path(item).expanduser().exists()
+            ):
                 yield f'{label}.{key}', item
 
     for name in ('datasets', 'path', *(key for key in opt if key.startswith('network_'))):
@@ -170,7 +211,7 @@ def _missing(opt: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def build_network(options: dict[str, Any], label: str, missing: dict[str, str] | None = None) -> nn.Module:
-    """The network of a section ``label`` of the options, without files that are ``missing``; errors name the key."""
+    """The network of a section of the options, without files that are ``missing``; errors name the key."""
     options = {key: value for key, value in deepcopy(options).items() if f'{label}.{key}' not in (missing or {})}
     network = lookup(ARCH_REGISTRY, options.pop('type', None), f'{label}.type')
     if network is WithCEA:

@@ -175,6 +175,7 @@ def _checked(parse_options: Callable, held: ExitStack, opt: Options) -> Callable
         parsed, args = parse_options(root_path, is_train)
         with distributed.together(), opt.placing():
             check_options(_choose_device(parsed, opt))
+            _reset(logging.getLogger('basicsr'))  # which anything that was tried may have set up, without a file
             if parsed['rank'] == 0:
                 folder = parsed['path']['experiments_root' if is_train else 'results_root']
                 held.enter_context(locked(folder))

@@ -1,5 +1,9 @@
 """`cea export`: files of CEAIR and injected networks for onnxruntime and torch.export."""
 
+import sys
+import zipfile
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +16,7 @@ from cea_arch.layers import CEABlock
 from cea_arch.networks import CEAIR
 from cea_arch.networks.from_file import load_network
 from cea_arch.networks.with_cea import WithCEA
+from tests.conftest import ROOT
 from tests.layers.test_inject import options_of
 from tests.networks.test_cea_ir import TINY, lively
 
@@ -35,6 +40,16 @@ def block(monkeypatch):
     return net
 
 
+def holds_paths(file):
+    """Whether a file holds a path of the machine that wrote it, in any of its parts."""
+    parts = [file.read_bytes()]
+    if file.suffix == '.pt2':
+        with zipfile.ZipFile(file) as archive:
+            parts += [archive.read(name) for name in archive.namelist()]
+    marks = [str(ROOT).encode(), sys.prefix.encode(), str(Path.home()).encode(), b'site-packages', b'.py"', b'.py\\"']
+    return [mark for mark in marks for part in parts if mark in part]
+
+
 def check(read, net, dtype, tolerance):
     for size in SIZES:
         x = torch.rand(1, 3, *size)
@@ -55,12 +70,14 @@ def test_cea_ir_as_onnx_gives_the_same_image_at_five_sizes(net, tmp_path, capsys
     assert 'a.onnx: RGB in [0, 1], float32, input lq, output restored; within' in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a.onnx', 'a.pth']
     check(read_onnx(path), net, torch.float32, TOLERANCE)
+    assert holds_paths(path) == []
     assert main(['export', str(path), '-m', str(tmp_path / 'a.pth')]) == 2
     assert 'a.onnx exists; --overwrite replaces it.' in capsys.readouterr().err
 
 
 def test_cea_ir_for_torch_export_gives_the_same_image_at_five_sizes(net, tmp_path):
     error, sizes = export_network(net, tmp_path / 'a.pt2')  # which reads it back
+    assert holds_paths(tmp_path / 'a.pt2') == []
     assert error <= TOLERANCE
     assert sizes == list(SIZES)
 

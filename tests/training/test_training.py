@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import signal
 import subprocess
@@ -306,3 +307,24 @@ def test_basicsrs_own_pipeline_runs_our_files(workplace):
     assert 'Scores by protocol aio' in done.stderr
     means = json.loads((folder / 'experiments/run/results.json').read_text())['sets']['s25']['means']
     assert {'psnr', 'ssim'} <= means.keys()
+
+
+@pytest.mark.parametrize(('workers', 'options'), [(0, {}), (2, {}), (2, {'persistent_workers': True})])
+def test_reading_ahead_ends_with_the_training(workplace, workers, options):
+    """BasicSR's own thread for it would wait for ever."""
+    folder, opt = workplace
+    opt['val'] = {'val_freq': 100, 'save_img': False}
+    opt['datasets']['train'] |= {'num_worker_per_gpu': workers, 'prefetch_mode': 'cpu', **options}
+    (folder / 'o.yml').write_text(yaml.safe_dump(opt))
+    command = [sys.executable, '-m', 'cea_arch.train', '-opt', 'o.yml']
+    done = subprocess.run(command, cwd=folder, env=os.environ | {'PYTHONPATH': str(ROOT)}, timeout=120, check=False)
+    assert done.returncode == 0
+    assert 'iter:       7' in log_of(folder)
+
+
+def test_a_metric_of_one_picture_alone(workplace, capsys):
+    folder, opt = workplace
+    opt['train']['total_iter'] = 1
+    opt['val'] |= {'save_img': False, 'metrics': {'niqe': {'type': 'calculate_niqe', 'crop_border': 0}}}
+    assert train(folder, opt) == 2  # its pictures are smaller than NIQE's blocks
+    assert 'metric niqe of 45 x 40 pixels: RuntimeError' in capsys.readouterr().err
