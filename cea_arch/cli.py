@@ -125,6 +125,14 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         help='a set: its name, the folder of restored images, the folder or LMDB of ground truths; may be repeated',
     )
     score.add_argument('--protocol', required=True, help='aio, moce-ir, onerestore or basicsr')
+    score.add_argument(
+        '--lpips',
+        nargs='?',
+        const='',
+        type=path,
+        metavar='BACKBONE',
+        help="also LPIPS (AlexNet), its backbone's weights from torchvision's file, or else downloaded",
+    )
     score.add_argument('--output', type=path, required=True, help='folder for results.md, .csv, .json and the pictures')
 
 
@@ -256,7 +264,7 @@ def _schema(args: argparse.Namespace) -> None:
 
 def _score(args: argparse.Namespace) -> None:
     saved_images = importlib.import_module('cea_arch.metrics.saved_images')
-    report = saved_images.score_saved_images(args.sets, args.protocol, args.output)
+    report = saved_images.score_saved_images(args.sets, args.protocol, args.output, args.lpips)
     print(f'{report.markdown()}\nWritten to {report.folder}.')
 
 

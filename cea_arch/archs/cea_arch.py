@@ -4,6 +4,7 @@ from cea_arch.compat import registry
 from cea_arch.data.all_in_one_dataset import AllInOneDataset
 from cea_arch.layers import CEABlock, CEALayer
 from cea_arch.losses.fft_loss import CEAFFTLoss
+from cea_arch.metrics.lpips_metric import calculate_cea_lpips
 from cea_arch.metrics.psnr_ssim_metric import (
     calculate_psnr_float,
     calculate_ssim_gaussian,
@@ -16,7 +17,7 @@ REGISTERED = {
     'ARCH': (CEAIR, WithCEA, CEABlock, CEALayer),
     'DATASET': (AllInOneDataset,),
     'LOSS': (CEAFFTLoss,),
-    'METRIC': (calculate_psnr_float, calculate_ssim_gaussian, calculate_ssim_uniform),
+    'METRIC': (calculate_psnr_float, calculate_ssim_gaussian, calculate_ssim_uniform, calculate_cea_lpips),
     'MODEL': (CEAModel,),
 }
 for kind, known in REGISTERED.items():

@@ -5,14 +5,14 @@ import io
 import re
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from cea_arch.data import png
+from cea_arch.data import jpeg, png
 from cea_arch.data.exif import build_exif, orientation, upright_exif
 from cea_arch.data.tiff import Tiff
 from cea_arch.errors import UserError
@@ -28,10 +28,7 @@ FORMAT_OF = {
 }
 SUFFIXES = tuple(FORMAT_OF)
 TIFF_STARTS = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
-XMP_MARK, _EXIF_MARK = b'http://ns.adobe.com/xap/1.0/\0', b'Exif\0\0'  # before either in a JPEG
 _XMP_ORIENTATION = re.compile(rb'(tiff:Orientation\s*(?:=\s*["\']|>)\s*)[2-8]')
-_APP0, _APP1, _APP2, _APP13, _APP14, _COMMENT, _SCAN = 0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xFE, 0xDA
-_FRAMES = (0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
 
 
 @dataclass
@@ -96,7 +93,7 @@ def picture_size(file: Path | bytes, where: str) -> tuple[int, int]:
             with Image.open(stream, formats=tuple(set(FORMAT_OF.values()))) as image:
                 width, height = image.size
                 exif = png.exif_of(stream) if start == png.SIGNATURE else image.info.get('exif', b'')
-            turned = orientation(exif.removeprefix(_EXIF_MARK)) > 4
+            turned = orientation(exif.removeprefix(jpeg.EXIF)) > 4
             return (width, height) if turned else (height, width)
 
     return _guarded(read, where)
@@ -106,14 +103,7 @@ def is_plain(data: bytes) -> bool:
     """Whether these are a PNG or JPEG, grey or RGB, that no EXIF could turn: any decoder gives the same pixels then."""
     if data[:8] == png.SIGNATURE:
         return png.is_plain(data)
-    if data[:2] != b'\xff\xd8':
-        return False
-    for kind, at, _ in _segments(data):
-        if kind == _APP1 and data.startswith(_EXIF_MARK, at):
-            return False
-        if kind in _FRAMES and data[at + 5 : at + 6] not in (b'\1', b'\3'):  # the number of components
-            return False
-    return True
+    return data[:2] == jpeg.START and jpeg.is_plain(data)
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -162,14 +152,14 @@ def _decoder(data: bytes) -> Callable[[bytes], Picture]:
         return _decode_png
     if data[:4] in TIFF_STARTS:
         return _decode_tiff
-    return _decode_jpeg if data[:2] == b'\xff\xd8' else _decode_other
+    return _decode_jpeg if data[:2] == jpeg.START else _decode_other
 
 
 def _decode_png(data: bytes) -> Picture:
     notes: list[str] = []
     found = png.chunks(data, notes)
     _check_size(*struct.unpack('>II', found[0][1][:8]))
-    exif = dict(found).get(b'eXIf', b'').removeprefix(_EXIF_MARK)
+    exif = dict(found).get(b'eXIf', b'').removeprefix(jpeg.EXIF)
     xmp = png.xmp_of(found)
     far = png.far_from_srgb(found)
     if far:
@@ -199,9 +189,8 @@ def _decode_tiff(data: bytes) -> Picture:
 
 def _decode_jpeg(data: bytes) -> Picture:
     notes: list[str] = []
-    plain, segments = _split_jpeg(data)
-    exif = next((c[len(_EXIF_MARK) :] for kind, c in segments if kind == _APP1 and c.startswith(_EXIF_MARK)), b'')
-    xmp = next((c[len(XMP_MARK) :] for kind, c in segments if kind == _APP1 and c.startswith(XMP_MARK)), None)
+    plain, segments = jpeg.split(data)
+    exif, xmp = jpeg.described_by(segments, jpeg.EXIF), jpeg.described_by(segments, jpeg.XMP)
     with Image.open(io.BytesIO(plain), formats=['JPEG']) as image:
         icc = image.info.get('icc_profile')
         image.load()
@@ -213,7 +202,7 @@ def _decode_jpeg(data: bytes) -> Picture:
             exif=upright_exif(exif) or None,
             xmp=_upright_xmp(xmp, notes) if xmp else None,
             dpi=_dpi(image),
-            own=[(bytes([kind]), content) for kind, content in segments if kind in (_APP13, _COMMENT)],
+            own=[(bytes([kind]), content) for kind, content in segments if kind in jpeg.TEXT],
             notes=notes,
         )
 
@@ -224,7 +213,7 @@ def _decode_other(data: bytes) -> Picture:
     with Image.open(io.BytesIO(data), formats=['WEBP', 'BMP']) as image:
         if getattr(image, 'n_frames', 1) > 1:
             raise UserError(f'it has {image.n_frames} frames; expected a still picture.')
-        exif = image.info.get('exif', b'').removeprefix(_EXIF_MARK)
+        exif = image.info.get('exif', b'').removeprefix(jpeg.EXIF)
         xmp = image.info.get('xmp')
         image.load()
         return Picture(
@@ -236,33 +225,6 @@ def _decode_other(data: bytes) -> Picture:
             dpi=_dpi(image),
             notes=notes,
         )
-
-
-def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Of each segment of a JPEG before its pixels: the kind, where its content begins and where it ends."""
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != _SCAN:
-        if data[at + 1] == 0xFF:  # filling
-            at += 1
-            continue
-        end = at + 2 + struct.unpack_from('>H', data, at + 2)[0]
-        yield data[at + 1], at + 4, end
-        at = end
-
-
-def _split_jpeg(data: bytes) -> tuple[bytes, list[tuple[int, bytes]]]:
-    """A JPEG without the segments that only describe it, save those that say what its pixels are, and its segments.
-
-    Without the list of further pictures, which phones put behind the first, it is one picture.
-    """
-    kept, segments, rest = [], [], 2
-    for kind, at, rest in _segments(data):
-        describes = _APP0 <= kind <= 0xEF or kind == _COMMENT
-        if describes:
-            segments.append((kind, data[at:rest]))
-        if not describes or kind in (_APP0, _APP14) or (kind == _APP2 and data.startswith(b'ICC_PROFILE\0', at)):
-            kept.append(data[at - 4 : rest])
-    return b'\xff\xd8' + b''.join(kept) + data[rest:], segments
 
 
 def _plain(image: Image.Image) -> Image.Image:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cea_arch.data import jpeg
 from cea_arch.data.exif import DESCRIPTIVE_TAGS, ORIENTATION
 from cea_arch.errors import UserError
 
@@ -64,6 +65,8 @@ class Tiff:
         if len(full) > 1:
             self.notes.append(f'page {pages.index(full[0]) + 1} of {len(pages)} is taken alone')
         height, width = self._page.imagelength, self._page.imagewidth
+        if not (isinstance(height, int) and isinstance(width, int) and min(height, width) > 0):
+            raise UserError(f'damaged: {width} x {height} pixels.')
         self.size = (width, height) if self.orientation in (5, 6, 7, 8) else (height, width)
 
     @property
@@ -158,6 +161,9 @@ class Tiff:
         if not count or len(stored) < count:
             raise UserError('damaged: image file is truncated.')
         if page.compression in _JPEG:
+            high, wide, count_found = jpeg.frame(stored)
+            if high < rows or wide != columns or count_found != samples:  # libtiff would fill up what is not there
+                raise UserError(f'damaged: {wide} x {high} pixels in JPEG, expected {columns} x {rows}.')
             return self._by_libtiff(stored, rows, columns, bits, samples).reshape(rows, columns, samples)
         if page.fillorder == _REVERSED:
             stored = (np.unpackbits(np.frombuffer(stored, np.uint8), bitorder='little')).tobytes()
@@ -205,8 +211,8 @@ class Tiff:
             raise UserError(f'expected grey, RGB, palette or CMYK, found {kind} (PhotometricInterpretation).')
         if bits not in _DEPTHS.get(photometric, (8, 16)) or (photometric == _CMYK and bits == 16):
             raise UserError(f'{bits} bits of {getattr(photometric, "name", photometric)} are not supported.')
-        if page.samplesperpixel < _COLOURS[photometric] or min(self.size) < 1:
-            raise UserError(f'damaged: {page.samplesperpixel} channels of {self.size[1]} x {self.size[0]} pixels.')
+        if page.samplesperpixel < _COLOURS[photometric]:
+            raise UserError(f'damaged: {page.samplesperpixel} channels are too few for its colours.')
         known = (_NONE, *_ZLIB, *_JPEG, *_FAX, *_OF_BYTES)
         if page.compression not in known or (page.predictor, bits) not in _PREDICTED:
             raise UserError(

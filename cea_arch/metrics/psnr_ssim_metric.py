@@ -10,12 +10,13 @@ import numpy as np
 from skimage.metrics import structural_similarity
 
 
-def _of_float_rgb(metric: Callable[..., float]) -> Callable[..., float]:
+def of_float_rgb(metric: Callable[..., float]) -> Callable[..., float]:
+    """Say of a metric that it wants float RGB images."""
     metric.float_rgb = True
     return metric
 
 
-@_of_float_rgb
+@of_float_rgb
 def calculate_psnr_float(img: np.ndarray, img2: np.ndarray, eight_bit: bool = False) -> float:
     """Peak signal-to-noise ratio in dB, over all pixels and channels; infinite for equal images.
 
@@ -26,13 +27,13 @@ def calculate_psnr_float(img: np.ndarray, img2: np.ndarray, eight_bit: bool = Fa
     return float(-10 * np.log10(mse)) if mse else float('inf')
 
 
-@_of_float_rgb
+@of_float_rgb
 def calculate_ssim_uniform(img: np.ndarray, img2: np.ndarray, eight_bit: bool = False) -> float:
     """SSIM with a uniform 7 x 7 window and sample covariance (AirNet, PromptIR, AdaIR, DFPIR, OneRestore)."""
     return _ssim(img, img2, 7, eight_bit)
 
 
-@_of_float_rgb
+@of_float_rgb
 def calculate_ssim_gaussian(img: np.ndarray, img2: np.ndarray, eight_bit: bool = False) -> float:
     """SSIM with an 11 x 11 Gaussian window, sigma 1.5, and sample covariance (MoCE-IR)."""
     return _ssim(img, img2, 11, eight_bit, gaussian_weights=True)

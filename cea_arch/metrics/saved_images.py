@@ -14,7 +14,9 @@ from cea_arch.metrics.protocols import find_protocol, score
 from cea_arch.metrics.report import Report, SetResult, compare
 
 
-def score_saved_images(sets: Iterable[tuple[str, str, str]], protocol: str, output: str | Path) -> Report:
+def score_saved_images(
+    sets: Iterable[tuple[str, str, str]], protocol: str, output: str | Path, lpips: str | None = None
+) -> Report:
     """Score folders of restored images against ground truths, paired by name, and write the files of a report.
 
     Args:
@@ -22,12 +24,17 @@ def score_saved_images(sets: Iterable[tuple[str, str, str]], protocol: str, outp
         protocol: Name of one of the ``PROTOCOLS``. Its centre crop is applied to both images; files of 8 bits stay
             so, whatever the protocol would do with a network's own output.
         output: Folder to write to; its name is the report's title.
+        lpips: Score by LPIPS, too: with the backbone's weights from this file, or where it is empty from the network.
 
     Raises:
-        UserError: A folder that does not exist, images without a partner, or of another size than theirs.
+        UserError: A folder that does not exist, images without a partner, or of another size than theirs; or LPIPS
+            cannot be had.
     """
     rules = find_protocol(protocol, 'protocol')
-    report = Report(output, Path(output).resolve().name, rules.metrics, protocol)
+    metrics = rules.metrics
+    if lpips is not None:
+        metrics = metrics | {'lpips': {'type': 'calculate_cea_lpips', 'backbone': lpips or None, 'better': 'lower'}}
+    report = Report(output, Path(output).resolve().name, metrics, protocol)
     for name, restored_root, clean_root in sets:
         restored, clean = (
             ImageStore(root, label=f'{name}, {side}')
@@ -37,7 +44,7 @@ def score_saved_images(sets: Iterable[tuple[str, str, str]], protocol: str, outp
         pairs = pair_keys(restored.sizes, clean.sizes, name)
         for pair in tqdm(pairs, desc=f'scoring {name}', unit='image', leave=False, disable=None):
             images = _read(restored, clean, pair, rules.crop_base)
-            result.rows.append({'image': pair[1], **score(images, rules.metrics)})
+            result.rows.append({'image': pair[1], **score(images, metrics)})
             if result.picture is None:
                 result.picture = compare(images, result.rows[0])
         report.add(name, None, result)

@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from cea_arch.data import png
+from cea_arch.data import jpeg, png
 from cea_arch.data.exif import descriptive
-from cea_arch.data.pictures import XMP_MARK, Picture, as_rgb
+from cea_arch.data.pictures import Picture, as_rgb
 from cea_arch.errors import UserError
 from cea_arch.files import refuse_to_replace, written_beside
 
@@ -87,7 +87,7 @@ def _encode(picture: Picture) -> bytes:
         return _encode_png(picture)
     options = dict(SETTINGS.get(picture.format, {}))
     if picture.exif:
-        options['exif'] = b'Exif\0\0' + picture.exif
+        options['exif'] = jpeg.EXIF + picture.exif
     if picture.icc:
         options['icc_profile'] = picture.icc
     if picture.dpi:
@@ -95,7 +95,7 @@ def _encode(picture: Picture) -> bytes:
     if picture.format == 'WEBP' and picture.xmp:
         options['xmp'] = picture.xmp
     if picture.format == 'JPEG':
-        xmp = [(b'\xe1', XMP_MARK + picture.xmp)] if picture.xmp else []
+        xmp = [(b'\xe1', jpeg.XMP + picture.xmp)] if picture.xmp else []
         options['extra'] = b''.join(
             b'\xff' + kind + struct.pack('>H', len(content) + 2) + content for kind, content in xmp + picture.own
         )

@@ -112,8 +112,10 @@ def run(count, seed=0, kinds=None):
             outcome = []
             for read in (decode_picture, decode, picture_size):
                 try:
-                    read(damaged, 'it')
+                    found = read(damaged, 'it')
                     outcome.append('read')
+                    if read is picture_size and not all(type(side) is int and side > 0 for side in found):
+                        faults.append(f'{kind} {number}: a size of {found}')
                 except UserError:
                     outcome.append('refused')
                 except Exception as error:

@@ -14,6 +14,7 @@ from cea_arch.data.pairing import match_keys
 from cea_arch.data.pictures import read_picture
 from cea_arch.restoring import command
 from tests.conftest import ROOT
+from tests.data.mutations import good_files, mutated
 from tests.data.picture_files import exif_block, samples, tiff
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -65,6 +66,22 @@ def test_what_nobody_foresaw_is_one_files_failure(model, tmp_path, capsys, monke
     assert names(tmp_path / 'out') == ['a.png', 'c.png']
     assert run(model, tmp_path / 'in', '-o', tmp_path / 'out', '--overwrite', '--debug') == 1
     assert 'Traceback' in capsys.readouterr().err
+
+
+def test_a_batch_of_good_and_damaged_files_of_all_kinds(model, tmp_path, capsys):
+    rng, suffix = np.random.default_rng(0), {'jpeg': 'jpg', 'tiff': 'tif'}
+    (tmp_path / 'in').mkdir()
+    for number, (kind, data) in enumerate(4 * list(good_files().items())):
+        first = kind.partition('-')[0]
+        content = data if number < 15 else mutated(data, rng)
+        (tmp_path / 'in' / f'{number}_{kind}.{suffix.get(first, first)}').write_bytes(content)
+    assert run(model, tmp_path / 'in', '-o', tmp_path / 'out') == 1
+    said = capsys.readouterr()
+    done = len(names(tmp_path / 'out'))
+    assert 15 <= done < 60
+    assert f'{done} restored to {tmp_path}/out, {60 - done} failed (cpu).' in said.out
+    failed = set(names(tmp_path / 'in')) - set(names(tmp_path / 'out'))
+    assert {said.err.count(f'/in/{name}: ') for name in failed} == {1}
 
 
 def test_what_cannot_be_taken_along_is_said_with_the_file(model, tmp_path, capsys):
