@@ -205,7 +205,7 @@ MISTAKES = [
         "val.protocol must be one of aio, moce-ir, onerestore, basicsr, got 'aoi'. Did you mean 'aio'?",
     ),
     ('val.protocol', 'basicsr', 'val.metrics.psnr: protocol basicsr defines this metric; give yours another name'),
-    ('val.metrics.psnr.type', 'psnr', "got 'psnr'. Did you mean 'calculate_psnr"),
+    ('val.metrics.psnr.type', 'psnr', "metrics.psnr.type: 'psnr' is not known. Did you mean 'calculate_psnr'"),
     ('logger.print_frequency', 1, "logger: unknown key 'print_frequency'. Did you mean 'print_freq'?"),
     ('path.pretrain_network_g', 'x.pth', "path.pretrain_network_g: file 'x.pth' does not exist"),
     ('num_gpu', 64, 'num_gpu is 64, but 0 are here; num_gpu: 0 runs on the CPU'),
