@@ -6,7 +6,7 @@ ask for. Licences are given to the best of our knowledge; the page of the set de
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 CDD11_CLASSES = (
@@ -49,6 +49,9 @@ class ImageSet:
         roles: The ground truth, then the degraded versions.
         shares_gt: Several degraded images belong to one ground truth, which is stored once, under its own name.
         optional: Nothing is missing where it is absent.
+        scenes: How many ground truths the published pairs have, where fewer than pairs.
+        releases: Other counts that were published, and what they are.
+        task: What the degraded images suffer from: ``rain``, ``haze``, ``blur`` or ``low``; else the role says it.
     """
 
     name: str
@@ -61,6 +64,9 @@ class ImageSet:
     roles: tuple[str, ...] = ('gt', 'lq')
     shares_gt: bool = False
     optional: bool = False
+    scenes: int | None = None
+    task: str = ''
+    releases: dict[int, str] = field(default_factory=dict)
 
     def stored_keys(self, lq: str, gt: str) -> tuple[str, str]:
         """Keys of a pair in the LMDBs of degraded images and ground truths; equal where pairs are one to one."""
@@ -131,6 +137,7 @@ CBSD68 = ImageSet(
         Layout('raw', 'cbsd68{,-dataset,-dataset-master,-dataset/cbsd68,-dataset-master/cbsd68}/original_png/*'),
         Layout('raw, flat', '{cbsd68,bsd68}/*'),
         Layout('raw, JPEG', '{cbsd68,bsd68}/original/*'),
+        Layout('AirNet', 'test/denoise/*'),
     ),
 )
 KODAK24 = ImageSet(
@@ -153,6 +160,8 @@ RAINTRAINL = ImageSet(
     *('RainTrainL', 'train', 200, 'aio/train/raintrainl_<role>'),
     source=_RAIN_SOURCE,
     licence=_NO_LICENCE,
+    task='rain',
+    releases={1800: 'the newer release of 1,800 and 200 pairs; papers train on the older 200'},
     layouts=(
         Layout('MoCE-IR', 'deraining/raintrainl/gt/*', 'deraining/raintrainl/rainy/*'),
         Layout('PromptIR, AdaIR, DFPIR', 'derain/gt/*', 'derain/rainy/*'),
@@ -163,18 +172,22 @@ RAINTRAINL = ImageSet(
             '{raintrainl,train100l,rain100l/train}/{gt,norain,target}/*',
             '{raintrainl,train100l,rain100l/train}/{rainy,rain,input}/*',
         ),
+        Layout('Kaggle', 'rain100l/train/clean/*', 'rain100l/train/{rainy,rain}/*'),
     ),
 )
 RAIN100L = ImageSet(
     *('Rain100L', 'test', 100, 'aio/test/rain100l_<role>'),
     source=_RAIN_SOURCE,
     licence=_NO_LICENCE,
+    task='rain',
+    releases={200: 'the newer release of 1,800 and 200 pairs; papers test on the older 100'},
     layouts=(
         Layout('MoCE-IR', 'deraining/rain100l/gt/*', 'deraining/rain100l/rainy/*'),
         Layout('PromptIR, AdaIR, DFPIR', 'derain/rain100l/target/*', 'derain/rain100l/input/*'),
         Layout('raw, one folder', 'rain100l/norain-*', 'rain100l/**/rain-*'),
         Layout('raw', 'rain_data_test_light/norain/*', 'rain_data_test_light/rain/**/*'),
         Layout('raw, two folders', 'rain100l/{test/,}{gt,norain,target}/*', 'rain100l/{test/,}{rainy,rain,input}/*'),
+        Layout('AirNet', 'test/derain/target/*', 'test/derain/input/*'),
     ),
 )
 OTS = ImageSet(
@@ -182,11 +195,17 @@ OTS = ImageSet(
     source=f'{_RESIDE_SOURCE} (OTS with 72,135 images, not the older one with 313,950)',
     licence=_RESIDE_LICENCE,
     shares_gt=True,
+    task='haze',
+    scenes=2061,
+    releases={313950: 'the larger release; papers train on 72,135'},
     layouts=(
         Layout('MoCE-IR', 'reside/clear/*', 'reside/part[1-4]/*'),
         Layout('PromptIR, AdaIR, DFPIR', 'dehaze/original/*', 'dehaze/synthetic/**/*'),
         Layout(
             'raw', '{ots,ots_beta}/{clear,gt}/**/*', '{ots,ots_beta}/**/{part1,part2,part3,part4,hazy,haze}/**/*_*_*'
+        ),
+        Layout(
+            'RESIDE-outdoor', 'reside-out{,door}/train/{gt,clear}/**/*', 'reside-out{,door}/train/{hazy,haze}/**/*_*_*'
         ),
     ),
 )
@@ -195,16 +214,21 @@ SOTS = ImageSet(
     source=_RESIDE_SOURCE,
     licence=_RESIDE_LICENCE,
     shares_gt=True,
+    task='haze',
+    scenes=492,
     layouts=(
         Layout('MoCE-IR, raw', 'sots/outdoor/{gt,clear}/*', 'sots/outdoor/hazy/*'),
         Layout('PromptIR, AdaIR, DFPIR', 'dehaze/target/*', 'dehaze/input/*'),
         Layout('InstructIR', 'sots{/,-}{outdoor/,}gt/*', 'sots{/,-}{outdoor/,}in/*'),
+        Layout('RESIDE-outdoor', 'reside-out{,door}/test/{gt,clear}/*', 'reside-out{,door}/test/hazy/*'),
+        Layout('Kaggle', '{sots-outdoor,outdoor}/{gt,clear}/*', '{sots-outdoor,outdoor}/hazy/*'),
     ),
 )
 GOPRO_TRAIN = ImageSet(
     *('GoPro', 'train', 2103, 'aio/train/gopro_<role>'),
     source=_GOPRO_SOURCE,
     licence=_GOPRO_LICENCE,
+    task='blur',
     layouts=(
         Layout('raw', 'train/gopr*/sharp/*', 'train/gopr*/blur/*', nested=True),
         Layout('AdaIR', 'deblur/sharp/*', 'deblur/blur/*'),
@@ -217,12 +241,20 @@ GOPRO_TRAIN = ImageSet(
             expected=16824,
             store='aio/train/gopro_crops_<role>',
         ),
+        Layout(
+            'NAFNet (crops)',
+            '{gopro/train,train/gopro}/sharp_crops/*',
+            '{gopro/train,train/gopro}/blur_crops/*',
+            expected=16824,
+            store='aio/train/gopro_crops_<role>',
+        ),
     ),
 )
 GOPRO_TEST = ImageSet(
     *('GoPro', 'test', 1111, 'aio/test/gopro_<role>'),
     source=_GOPRO_SOURCE,
     licence=_GOPRO_LICENCE,
+    task='blur',
     layouts=(
         Layout('raw', 'test/gopr*/sharp/*', 'test/gopr*/blur/*', nested=True),
         Layout('AdaIR', 'deblur/gopro/target/*', 'deblur/gopro/input/*'),
@@ -234,22 +266,26 @@ LOL_TRAIN = ImageSet(
     *('LOL-v1', 'train', 485, 'aio/train/lol_<role>'),
     source=_LOL_SOURCE,
     licence=_NO_LICENCE,
+    task='low',
     layouts=(
         Layout('raw', 'our485/high/*', 'our485/low/*'),
         Layout('AdaIR', 'enhance/gt/*', 'enhance/low/*'),
         Layout('DFPIR', 'train485/high/*', 'train485/low/*'),
         Layout('MoCE-IR', 'lol{v1,-v1,_v1,}/train/target/*', 'lol{v1,-v1,_v1,}/train/input/*'),
+        Layout('Kaggle', 'lol{v1,-v1,_v1,dataset,}/train/high/*', 'lol{v1,-v1,_v1,dataset,}/train/low/*'),
     ),
 )
 LOL_TEST = ImageSet(
     *('LOL-v1', 'test', 15, 'aio/test/lol_<role>'),
     source=_LOL_SOURCE,
     licence=_NO_LICENCE,
+    task='low',
     layouts=(
         Layout('raw', 'eval15/high/*', 'eval15/low/*'),
         Layout('AdaIR', 'enhance/lol/target/*', 'enhance/lol/input/*'),
         Layout('DFPIR', 'test15/high/*', 'test15/low/*'),
         Layout('MoCE-IR', 'lol{v1,-v1,_v1,}/test/target/*', 'lol{v1,-v1,_v1,}/test/input/*'),
+        Layout('Kaggle', 'lol{v1,-v1,_v1,dataset,}/test/high/*', 'lol{v1,-v1,_v1,dataset,}/test/low/*'),
     ),
 )
 
@@ -275,3 +311,4 @@ BENCHMARKS: dict[str, Iterable[ImageSet]] = {
     'CDD-11': (_cdd11('train', 1183), _cdd11('test', 200)),
 }
 LEAKS_BY_ID = (OTS.name, SOTS.name)  # known in the literature, which keeps both sets as they are
+KNOWN_LEAKS = ({*LEAKS_BY_ID}, {BSD400.name, RAIN100L.name})

@@ -1,31 +1,30 @@
 """Check raw image sets before anything is written: pairs, sizes, damage, and test images among the training images."""
 
-import hashlib
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 from tqdm import tqdm
 
-from cea_arch.data.benchmarks import LEAKS_BY_ID, ImageSet
+from cea_arch.data.benchmarks import KNOWN_LEAKS, LEAKS_BY_ID, ImageSet
+from cea_arch.data.contents import Contents, look_at
+from cea_arch.data.doubts import (
+    cuts,
+    doubts_of_colour,
+    doubts_of_direction,
+    doubts_of_pairs,
+    doubts_of_pictures,
+    doubts_of_scenes,
+)
 from cea_arch.data.image_store import decode
 from cea_arch.data.pairing import describe, match_keys
 from cea_arch.data.recognise import Found, recognise
 from cea_arch.errors import UserError
 
 Item, Result = TypeVar('Item'), TypeVar('Result')
-
-
-@dataclass(frozen=True)
-class Contents:
-    """Of one file: height and width in pixels, and a hash of its pixels, whatever format they are stored in."""
-
-    size: tuple[int, int]
-    digest: bytes
 
 
 @dataclass
@@ -38,7 +37,7 @@ class Checked:
             twice the same name. Only these are written.
         matched: How many images or pairs were found, good or not.
         faults: What is wrong, in sentences, by column of the table: ``unmatched``, ``unequal``, ``unreadable``,
-            ``twice``, ``duplicates``.
+            ``twice``, ``duplicates``, ``doubtful``.
         counts: How many files or pairs each fault concerns.
         notes: What a user should know and need not mend.
     """
@@ -81,20 +80,27 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers:
             yield pending.popleft().result()
 
 
-def check_sets(image_sets: Iterable[ImageSet], places: dict[str, list[Path]], workers: int) -> list[Checked]:
+def check_sets(
+    image_sets: Iterable[ImageSet], places: dict[str, list[Path]], workers: int, trust: bool = False
+) -> list[Checked]:
     """Recognise and check ``image_sets`` among the files of :func:`cea_arch.data.recognise.scan`.
 
-    Every file is decoded once, on ``workers`` threads; nothing of it is kept but :class:`Contents`.
+    Every file is decoded once, on ``workers`` threads; nothing of it is kept but :class:`Contents`. With ``trust``,
+    doubts about what pictures show are notes, and drop nothing.
     """
     found = [recognise(image_set, places) for image_set in image_sets]
+    truths = {path for one in found for path in one.files.get(one.image_set.roles[0], {}).values()}
     paths = sorted({path for one in found for path in _paths(one)})
-    progress = tqdm(in_order(_inspect, paths, workers), total=len(paths), desc='checking', unit='file', disable=None)
-    contents = dict(zip(paths, progress))
+    inspected = in_order(lambda path: _inspect(path, path in truths), paths, workers)
+    contents = dict(zip(paths, tqdm(inspected, total=len(paths), desc='checking', unit='file', disable=None)))
     checked = [_check_set(one, contents) for one in found]
     _find_duplicates(checked, contents)
     for one in checked:
+        _doubt(one, contents, trust)
+        _note_release(one)
         _drop_incomplete_scenes(one)
     _note_shared_ids(checked)
+    _note_cuts(checked, contents)
     return checked
 
 
@@ -104,20 +110,20 @@ def _paths(found: Found) -> Iterator[Path]:
     yield from (path for path, _ in found.copies)
 
 
-def _inspect(path: Path) -> Contents | None:
+def _inspect(path: Path, with_places: bool) -> Contents | None:
     """None where the file cannot be decoded."""
     try:
-        img = decode(path.read_bytes(), str(path))
+        return look_at(decode(path.read_bytes(), str(path)), with_places)
     except (UserError, OSError):
         return None
-    return Contents(img.shape[:2], hashlib.blake2b(np.ascontiguousarray(img), digest_size=16).digest())
 
 
 def _check_set(found: Found, contents: dict[Path, Contents | None]) -> Checked:
     checked = Checked(found)
     unreadable = sorted(str(path) for path in _paths(found) if contents[path] is None)
     _blame(checked, 'unreadable', len(unreadable), _list(unreadable))
-    twice = [(a, b) for a, b in found.copies if contents[a] != contents[b]]
+    digests = {path: contents[path] and contents[path].digest for pair in found.copies for path in pair}
+    twice = [(a, b) for a, b in found.copies if digests[a] != digests[b]]
     _blame(checked, 'twice', len(twice), _list(f'{a} and {b} are different' for a, b in twice))
     if len(found.copies) > len(twice):
         checked.notes.append(f'{len(found.copies) - len(twice):,} copies of the same images are left aside.')
@@ -182,11 +188,10 @@ def _find_duplicates(checked: list[Checked], contents: dict[Path, Contents | Non
         same = [
             (p, *tests[contents[p].digest]) for p in _paths(one.found) if contents[p] and contents[p].digest in tests
         ]
-        known = [{one.found.image_set.name, test.found.image_set.name} == set(LEAKS_BY_ID) for _, test, _ in same]
-        if any(known):
-            one.notes.append(
-                f'{sum(known):,} images have the pixels of a SOTS-outdoor image; the literature keeps them.'
-            )
+        known = [{one.found.image_set.name, test.found.image_set.name} in KNOWN_LEAKS for _, test, _ in same]
+        leaks = Counter(test.found.title for (_, test, _), is_known in zip(same, known) if is_known)
+        for title, count in leaks.items():
+            one.notes.append(f'{count:,} images have the pixels of one of {title}; the literature keeps them.')
         wrong = [(path, test, other) for (path, test, other), is_known in zip(same, known) if not is_known]
         _blame(one, 'duplicates', len(wrong), _list(f'{p} is {other} of {t.found.title}' for p, t, other in wrong))
         _drop_files(one, {path for path, _, _ in wrong})
@@ -197,6 +202,77 @@ def _drop_files(checked: Checked, bad: set[Path]) -> None:
     for role, pairs in checked.pairs.items():
         lq_files = checked.found.files.get(role, {})
         checked.pairs[role] = [(lq, gt) for lq, gt in pairs if lq_files[lq] not in bad and gt_files[gt] not in bad]
+
+
+def _doubt(checked: Checked, contents: dict[Path, Contents | None], trust: bool) -> None:
+    """Look at what pictures show; a set that is not what its names say keeps no pairs, unless it is to be trusted."""
+    image_set, files = checked.found.image_set, checked.found.files
+    gt_role = image_set.roles[0]
+    said: list[tuple[str, int]] = []
+    bad: set[Path] = set()
+    wrong: dict[str, set] = {}
+    whole = False
+    for role in {gt_role, *checked.pairs}:
+        used = sorted(
+            {files[role][pair[role == gt_role]] for r in _pairs_of(checked, role) for pair in checked.pairs[r]}
+        )
+        sentence, count, too_many = doubts_of_pictures(used, contents)
+        said.append((sentence, count))
+        bad |= too_many
+        if role == gt_role:
+            grey = doubts_of_colour(used, contents)
+            said.append((grey, len(used)))
+            whole |= bool(grey)
+    for role, names in checked.pairs.items():
+        if role == gt_role:
+            continue
+        pairs = [(files[role][lq], files[gt_role][gt]) for lq, gt in names]
+        sentence, odd, all_of_them = doubts_of_pairs(pairs, contents)
+        said.append((sentence, len(odd)))
+        swapped = '' if all_of_them else doubts_of_direction(image_set.task or role, pairs, contents)
+        scenes = doubts_of_scenes(image_set, checked.found.expected, pairs)
+        said += [(swapped, len(pairs)), (scenes, len(pairs))]
+        wrong[role] = odd
+        whole |= all_of_them or bool(swapped) or bool(scenes)
+    for sentence, count in said:
+        if sentence and trust:
+            checked.notes.append(f'trusted all the same: {sentence}.')
+        elif sentence:
+            _blame(checked, 'doubtful', count, sentence)
+    if trust:
+        return
+    _drop_files(checked, bad)
+    for role, names in checked.pairs.items():
+        odd = wrong.get(role, set())
+        checked.pairs[role] = (
+            [] if whole else [n for n in names if (files[role][n[0]], files[gt_role][n[1]]) not in odd]
+        )
+
+
+def _note_release(checked: Checked) -> None:
+    releases = checked.found.image_set.releases
+    for count in {len(pairs) for pairs in checked.pairs.values()} & releases.keys():
+        checked.notes.append(f'{count:,} pairs: this is {releases[count]}.')
+
+
+def _pairs_of(checked: Checked, role: str) -> list[str]:
+    """The roles whose pairs have pictures of ``role``."""
+    return list(checked.pairs) if role == checked.found.image_set.roles[0] else [role]
+
+
+def _note_cuts(checked: list[Checked], contents: dict[Path, Contents | None]) -> None:
+    """Name training sets with pictures of which test pictures are cuts."""
+    by_split = {'train': [], 'test': []}
+    for one in checked:
+        truths = one.found.files.get(one.found.image_set.roles[0], {}).values()
+        by_split[one.found.image_set.split].append((one, {path: contents[path] for path in truths if contents[path]}))
+    for train, pictures in by_split['train']:
+        for test, others in by_split['test']:
+            if found := cuts(pictures, others):
+                train.notes.append(
+                    f'{len(found):,} images share a part, to the pixel, with images of {test.found.title}, which the '
+                    f'literature keeps: {_list(f"{a} and {b}" for a, b in found)}.'
+                )
 
 
 def _note_shared_ids(checked: list[Checked]) -> None:

@@ -100,18 +100,21 @@ def walk_images(root: Path, recursive: bool = True, seen: set[str] | None = None
     What file managers, cameras' servers, trash cans and notebooks keep for themselves (``HIDDEN``, and names that begin
     with a dot) holds copies, and is passed over. ``seen`` are the resolved folders that were walked before.
     """
-    seen = set() if seen is None else seen
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if recursive and not is_hidden(name))
-        for name in sorted(names):
-            path = Path(folder, name)
-            if path.suffix.lower() in SUFFIXES and not is_hidden(name) and path.is_file():
-                yield path
+    seen, links = set() if seen is None else seen, [root]
+    while links:  # real folders first: a link must not give its name to one of them
+        top = links.pop(0)
+        for folder, subfolders, names in os.walk(top):
+            real = os.path.realpath(folder)
+            if real in seen:
+                subfolders.clear()
+                continue
+            seen.add(real)
+            subfolders[:] = sorted(name for name in subfolders if recursive and not is_hidden(name))
+            links += [path for path in (Path(folder, name) for name in subfolders) if path.is_symlink()]
+            for name in sorted(names):
+                path = Path(folder, name)
+                if path.suffix.lower() in SUFFIXES and not is_hidden(name) and path.is_file():
+                    yield path
 
 
 def is_hidden(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Write LMDBs that BasicSR reads: encoded bytes as they are, written aside, verified, and renamed when complete."""
 
 import shutil
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import lmdb
 
 from cea_arch.data.image_store import close_lmdb, image_size, open_lmdb
 from cea_arch.errors import UserError
+from cea_arch.files import written_beside
 
 _FIRST_MAP_SIZE = 64 * 2**20  # bytes; doubled whenever it is full
 _BATCH_SIZE = 32 * 2**20  # bytes of images a transaction; each one waits for the disk once
@@ -48,19 +50,41 @@ def write_lmdb(images: Iterable[tuple[str, bytes]], destination: str | Path, ove
     if destination.exists() and not overwrite:
         return _compare(images, destination)
     aside = destination.with_name(destination.name + '.tmp')
+    _remove_damaged(aside)
     aside.mkdir(parents=True, exist_ok=True)
-    with lmdb.open(str(aside), map_size=_FIRST_MAP_SIZE) as environment:
-        lines, kept = _store(images, environment, destination)
-        _drop_others(environment, set(lines), destination)
+    try:
+        with lmdb.open(str(aside), map_size=_FIRST_MAP_SIZE) as environment:
+            lines, kept = _store(images, environment, destination)
+            _drop_others(environment, set(lines), destination)
+    except lmdb.Error as error:  # a full disk, a limit on the size of files, a file system without locks
+        raise UserError(f'{aside}: {str(error).rpartition(": ")[2]} ({error}).') from error
     if not lines:
         shutil.rmtree(aside)
         raise UserError(f'no images to write to {destination}.')
-    (aside / 'meta_info.txt').write_text(''.join(lines[key] for key in sorted(lines)), 'utf-8')
+    _write_meta(aside, lines)
     if destination.exists():
         close_lmdb(destination)
         shutil.rmtree(destination)
     aside.rename(destination)
     return Written(len(lines), kept)
+
+
+def _write_meta(folder: Path, lines: dict[str, str]) -> None:
+    with written_beside(folder / 'meta_info.txt') as aside:
+        aside.write_text(''.join(lines[key] for key in sorted(lines)), 'utf-8')
+
+
+def _remove_damaged(aside: Path) -> None:
+    """Begin anew where what an earlier run has left is no LMDB, or is cut short; reading it would kill the process."""
+    if not (aside / 'data.mdb').is_file():
+        return
+    try:
+        open_lmdb(aside)
+    except (UserError, lmdb.Error) as error:
+        warnings.warn(f'{aside} is damaged, and is written anew: {error}', stacklevel=3)
+        shutil.rmtree(aside)
+    else:
+        close_lmdb(aside)
 
 
 def _store(
@@ -72,8 +96,7 @@ def _store(
         stored_key = _encode(key, environment, destination)
         if key in lines:
             raise UserError(f'{destination}: key {key!r} is there twice.')
-        height, width = image_size(data, f'image {key!r}')
-        lines[key] = f'{key}.png ({height},{width},3) 1\n'
+        lines[key] = _line(key, data)
         with environment.begin(buffers=True) as transaction:
             if transaction.get(stored_key) == data:
                 kept += 1
@@ -128,19 +151,34 @@ def _drop_others(environment: lmdb.Environment, keys: set[str], destination: Pat
 
 
 def _compare(images: Iterable[tuple[str, bytes]], destination: Path) -> Written:
-    """Leave an LMDB alone that holds exactly ``images``."""
-    count = 0
-    with open_lmdb(destination).begin(buffers=True) as transaction:
+    """Leave an LMDB alone that holds exactly ``images``, but for a list of them that is absent."""
+    count, lines = 0, {}
+    with _opened(destination).begin(buffers=True) as transaction:
         for key, data in images:
             if transaction.get(key.encode()) != data:
                 raise UserError(
                     f'{destination} exists and holds another {key!r}; remove it first, or ask for it to be overwritten.'
                 )
             count += 1
+            lines[key] = _line(key, data)
         if count != transaction.stat()['entries']:
             raise UserError(
                 f'{destination} exists and holds {transaction.stat()["entries"]} images, not {count}; remove it first, '
                 'or ask for it to be overwritten.'
             )
     close_lmdb(destination)
+    if not (destination / 'meta_info.txt').is_file():
+        _write_meta(destination, lines)
     return Written(count, count)
+
+
+def _opened(destination: Path) -> lmdb.Environment:
+    try:
+        return open_lmdb(destination)
+    except lmdb.Error as error:
+        raise UserError(f'{destination} exists and is no LMDB ({error}); remove it first.') from error
+
+
+def _line(key: str, data: bytes) -> str:
+    height, width = image_size(data, f'image {key!r}')
+    return f'{key}.png ({height},{width},3) 1\n'

@@ -36,8 +36,10 @@ def match_keys(lq_keys: Iterable[str], gt_keys: Iterable[str]) -> Matching:
     comes before the first ``_`` (``cat_0.8`` and ``cat``); its numbers are the first numbers of the degraded image's
     name (``rain-001`` and ``norain-1``, ``0025_0.8_0.04`` and ``25``); or the last ones (``low_00002`` and ``2``). Zero
     padding and the text around the numbers do not count, but each side must put one text in front of them, or the
-    ground truths none. Folders in the keys must agree, unless no rule pairs anything that way. Accents count alike
-    whether they are composed with their letter or stand behind it, as file systems of Macs have them.
+    ground truths none; and the last numbers count only where all in front of them are the same for all (``v2_00002``),
+    for else the first ones tell the scenes. Folders in the keys must agree, unless no rule pairs anything that way.
+    Accents count alike whether they are composed with their letter or stand behind it, as file systems of Macs have
+    them.
     """
     lq_composed, gt_composed = _composed(lq_keys), _composed(gt_keys)
     found = _match(sorted(lq_composed), sorted(gt_composed))
@@ -125,6 +127,8 @@ def _by_first_numbers(lq_keys: list[str], gt_keys: list[str], scope: Callable[[s
 
 
 def _by_last_numbers(lq_keys: list[str], gt_keys: list[str], scope: Callable[[str], str]) -> list[tuple[str, str]]:
+    if len({_numbers(key)[:-1] for key in lq_keys}) > 1:
+        return []
     return _by_numbers(lq_keys, gt_keys, scope, lambda found, count: found[-count:])
 
 

@@ -19,8 +19,9 @@ from cea_arch.data.recognise import scan
 from cea_arch.errors import UserError
 from cea_arch.files import as_path
 
-FAULTS = ('unmatched', 'unequal', 'unreadable', 'twice', 'duplicates')
+FAULTS = ('unmatched', 'unequal', 'unreadable', 'twice', 'duplicates', 'doubtful')
 COLUMNS = ('set', 'layout', 'found', 'good', 'expected', *FAULTS, 'verdict')
+CROPS_GROW = 1.8  # bytes of a frame's crops, which overlap, to one of the frame
 CROP_SIZE, CROP_OVERLAP = 512, 256  # pixels: with them Restormer, and after it MoCE-IR, cut GoPro's training frames
 
 
@@ -28,14 +29,20 @@ def main(benchmark: str, argv: list[str] | None = None) -> int:
     """Check, and unless ``--check`` write, the sets of a benchmark.
 
     Returns:
-        The exit code: 0; 1 where the check found something missing or wrong; 2 for another mistake.
+        The exit code: 0; 1 where the check found something missing or wrong; 2 for another mistake, such as a full
+        disk; 130 when interrupted.
     """
     args = _parser(benchmark).parse_args(argv)
     try:
         return _run(benchmark, args)
-    except (UserError, OSError) as error:
+    except UserError as error:
         print(f'{benchmark}: {error}', file=sys.stderr)
-        return 2
+    except OSError as error:
+        print(f'{benchmark}: {error}. The same command goes on from what is written.', file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f'\n{benchmark}: interrupted. The same command goes on from what is written.', file=sys.stderr)
+        return 130
+    return 2
 
 
 def _parser(benchmark: str) -> argparse.ArgumentParser:
@@ -51,6 +58,11 @@ def _parser(benchmark: str) -> argparse.ArgumentParser:
     parser.add_argument('--check', action='store_true', help='only check')
     parser.add_argument(
         '--allow-partial', action='store_true', help='write what is good although something is missing or wrong'
+    )
+    parser.add_argument(
+        '--trust',
+        action='store_true',
+        help='take pictures for what their names say, though they are grey, the same, or unlike their partners',
     )
     parser.add_argument('--overwrite', action='store_true', help='replace LMDBs that hold something else')
     parser.add_argument('--workers', type=int, default=os.cpu_count() or 1, help='threads (default: one a CPU core)')
@@ -68,7 +80,7 @@ def _run(benchmark: str, args: argparse.Namespace) -> int:
     if args.workers < 1:
         raise UserError(f'--workers must be at least 1, got {args.workers}.')
     places = scan(args.raw)
-    checked = check_sets(BENCHMARKS[benchmark], places, args.workers)
+    checked = check_sets(BENCHMARKS[benchmark], places, args.workers, args.trust)
     print(report(checked))
     fine = all(one.is_fine() for one in checked)
     if args.check or not (fine or args.allow_partial):
@@ -77,7 +89,7 @@ def _run(benchmark: str, args: argparse.Namespace) -> int:
         return 0 if fine else 1
     jobs = plan(checked, getattr(args, 'gopro_crops', False))
     if not jobs:
-        raise UserError(f'no images of its sets found below {", ".join(map(str, args.raw))}.')
+        raise UserError(f'there is nothing good of its sets below {", ".join(map(str, args.raw))}; see above.')
     _check_space(jobs, args.output)
     for store, files in jobs.items():
         _write(args.output / f'{store}.lmdb', files, args)
@@ -108,8 +120,11 @@ def report(checked: list[Checked]) -> str:
 
 
 def plan(checked: list[Checked], gopro_crops: bool = False) -> dict[str, list[tuple[str, Path, bool]]]:
-    """What goes into which LMDB: ``(key, file, whether to cut it into crops)`` by store, in order of key."""
-    jobs: dict[str, dict[str, tuple[str, Path, bool]]] = {}
+    """What goes into which LMDB: ``(key, file, whether to cut it into crops)`` by store, in order of key.
+
+    Where two sets of one store have pictures of one name, the keys of that store begin with the name of the set.
+    """
+    jobs: dict[str, dict[tuple[str, str], tuple[Path, bool]]] = {}
     for one in checked:
         crops = gopro_crops and one.found.store == GOPRO_TRAIN.store
         store = one.found.store.replace('gopro', 'gopro_crops') if crops else one.found.store
@@ -118,17 +133,32 @@ def plan(checked: list[Checked], gopro_crops: bool = False) -> dict[str, list[tu
             for lq, gt in pairs:
                 keys = one.found.image_set.stored_keys(lq, gt)
                 for side, name, key in ((role, lq, keys[0]), (gt_role, gt, keys[1])):
-                    job = (key, one.found.files[side][name], crops)
-                    jobs.setdefault(store.replace('<role>', side), {})[key] = job
-    return {store: [files[key] for key in sorted(files)] for store, files in jobs.items()}
+                    files = jobs.setdefault(store.replace('<role>', side), {})
+                    file = one.found.files[side][name]
+                    if files.setdefault((one.found.image_set.name, key), (file, crops))[0] != file:
+                        raise UserError(f'{file} and {files[one.found.image_set.name, key][0]} share the key {key!r}.')
+    return {store: _keyed(files) for store, files in jobs.items()}
+
+
+def _keyed(files: dict[tuple[str, str], tuple[Path, bool]]) -> list[tuple[str, Path, bool]]:
+    apart = len({key for _, key in files}) < len(files)
+    return sorted((f'{name}/{key}' if apart else key, *job) for (name, key), job in files.items())
 
 
 def _check_space(jobs: dict[str, list[tuple[str, Path, bool]]], output: Path) -> None:
-    needed = sum(path.stat().st_size for files in jobs.values() for _, path, _ in files)
+    """Raise UserError if the disk cannot hold what is still to be written."""
     output.mkdir(parents=True, exist_ok=True)
+    needed = 0
+    for store, files in jobs.items():
+        sizes = sum(path.stat().st_size * (CROPS_GROW if crops else 1) for _, path, crops in files)
+        there = (output / f'{store}.lmdb{end}/data.mdb' for end in ('', '.tmp'))
+        written = sum(path.stat().st_blocks * 512 for path in there if path.is_file())
+        needed += max(sizes - written, 0)
     free = shutil.disk_usage(output).free
     if needed > free:
-        raise UserError(f'{output} has {free / 1e9:.1f} GB free, the images need {needed / 1e9:.1f} GB.')
+        raise UserError(
+            f'{output} has {free / 1e9:,.3f} GB free, what is still to be written needs some {needed / 1e9:,.3f} GB.'
+        )
 
 
 def _write(destination: Path, files: list[tuple[str, Path, bool]], args: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """Find image sets in folders by looking at what lies where."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 from cea_arch.data.benchmarks import ImageSet, Layout, path_patterns
 from cea_arch.data.image_store import walk_images
 from cea_arch.errors import UserError
+
+ABOVE = 3
+_TEST = re.compile('(?:^|/)test/')
 
 
 @dataclass
@@ -40,7 +44,10 @@ class Found:
 
 
 def scan(folders: Iterable[Path]) -> dict[str, list[Path]]:
-    """The image files below ``folders``, by the path of their folder from the given folder's own name on, with a ``/``.
+    """The image files below ``folders``, by the path of their folder, with a ``/`` at its end.
+
+    The path begins with the names of the given folder and of those above it, ``ABOVE`` in all: so a set is recognised
+    from within, too.
 
     What is hidden is passed over, and links are followed, see :func:`cea_arch.data.image_store.walk_images`.
 
@@ -53,7 +60,7 @@ def scan(folders: Iterable[Path]) -> dict[str, list[Path]]:
             raise UserError(f'folder {str(root)!r} does not exist (looked for {root.absolute()}).')
         root = root.resolve()
         for path in walk_images(root, seen=seen):
-            place = Path(root.name, path.parent.relative_to(root)).as_posix() + '/'
+            place = Path(*root.parts[1:][-ABOVE:], path.parent.relative_to(root)).as_posix() + '/'
             places.setdefault(place, []).append(path)
     return places
 
@@ -80,7 +87,8 @@ def _collect(image_set: ImageSet, layout: Layout, places: dict[str, list[Path]])
     for role in image_set.roles:
         folder, name = path_patterns(layout.gt if role == image_set.roles[0] else layout.lq, role)
         names: dict[str, Path] = {}
-        for path in (path for place in places if folder.fullmatch(place) for path in places[place]):
+        fitting = (place for place in places if folder.fullmatch(place) and _may_hold(image_set, layout, place))
+        for path in (path for place in fitting for path in places[place]):
             if name.fullmatch(path.stem):
                 key = f'{path.parent.parent.name}_{path.stem}' if layout.nested else path.stem
                 if names.setdefault(key, path) is not path:
@@ -88,3 +96,8 @@ def _collect(image_set: ImageSet, layout: Layout, places: dict[str, list[Path]])
         if names:
             found.files[role] = names
     return found
+
+
+def _may_hold(image_set: ImageSet, layout: Layout, place: str) -> bool:
+    """Training sets are not below a folder ``test``, unless their layout says so."""
+    return image_set.split == 'test' or 'test' in layout.gt or not _TEST.search(place.lower())

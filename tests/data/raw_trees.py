@@ -142,11 +142,39 @@ DFPIR = {
     ('LOL-v1', 'test'): ('DFPIR', both('test15/high/1.png', 'test15/low/1.png')),
 }
 
+KAGGLE = {
+    ('RainTrainL', 'train'): ('Kaggle', both('Rain100L/train/clean/1.png', 'Rain100L/train/rainy/1.png')),
+    ('SOTS-outdoor', 'test'): ('Kaggle', both('outdoor/clear/0001.png', 'outdoor/hazy/0001_0.8_0.2.jpg')),
+    ('GoPro', 'train'): (
+        'NAFNet (crops)',
+        both(
+            'GoPro/train/sharp_crops/GOPR0372_07_00_000047_s001.png',
+            'GoPro/train/blur_crops/GOPR0372_07_00_000047_s001.png',
+        ),
+    ),
+    ('LOL-v1', 'train'): ('Kaggle', both('LOLdataset/train/high/2.png', 'LOLdataset/train/low/2.png')),
+    ('LOL-v1', 'test'): ('Kaggle', both('LOLdataset/test/high/1.png', 'LOLdataset/test/low/1.png')),
+}
+AIRNET = {
+    ('CBSD68', 'test'): ('AirNet', both('test/denoise/101085.png test/denoise/00003.png', '')),
+    ('Rain100L', 'test'): ('AirNet', both('test/derain/target/norain-001.png', 'test/derain/input/rain-001.png')),
+    ('SOTS-outdoor', 'test'): (
+        'RESIDE-outdoor',
+        both('reside-outdoor/test/gt/0001.png', 'reside-outdoor/test/hazy/0001_0.8_0.2.jpg'),
+    ),
+    ('RESIDE-beta OTS', 'train'): (
+        'RESIDE-outdoor',
+        both('reside-outdoor/train/gt/0025.png', 'reside-outdoor/train/hazy/0025_0.8_0.04.jpg'),
+    ),
+}
+
 
 def plant_tree(plant, tree):
     for _, (gt, lq) in tree.values():
-        for path in (*gt, *lq):
+        for path in gt:
             plant(path)
+        for number, path in enumerate(lq):
+            plant(path, gt[number] if len(gt) == len(lq) else gt[0], version=number + 1)
 
 
 def read(path):

@@ -1,5 +1,6 @@
 """Raw sets are recognised in every layout, and every planted fault is found and named."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import cv2
@@ -10,10 +11,12 @@ from cea_arch.data.benchmarks import BENCHMARKS, CDD11_CLASSES
 from cea_arch.data.check import check_sets
 from cea_arch.data.image_store import ImageStore
 from cea_arch.data.recognise import scan
-from tests.data.raw_trees import DFPIR, MOCE, PROMPTIR, RAW, SEQUENCE, plant_tree, run
+from tests.data.raw_trees import AIRNET, DFPIR, KAGGLE, MOCE, PROMPTIR, RAW, SEQUENCE, plant_tree, run
+
+TREES = {'raw': RAW, 'promptir': PROMPTIR, 'moce': MOCE, 'dfpir': DFPIR, 'kaggle': KAGGLE, 'airnet': AIRNET}
 
 
-@pytest.mark.parametrize('tree', [RAW, PROMPTIR, MOCE, DFPIR], ids=['raw', 'promptir', 'moce', 'dfpir'])
+@pytest.mark.parametrize('tree', TREES.values(), ids=TREES)
 def test_layouts_are_recognised(plant, tmp_path, tree):
     plant_tree(plant, tree)
     for junk in ('.DS_Store', 'Thumbs.db', 'GOPRO_Large/readme.txt'):
@@ -21,6 +24,8 @@ def test_layouts_are_recognised(plant, tmp_path, tree):
         (tmp_path / 'raw' / junk).write_bytes(b'junk')
     plant('__MACOSX/BSD400/9999.jpg')
     plant('BSD400/._8068.jpg')
+    plant('BSD400/.ipynb_checkpoints/8068-checkpoint.jpg')
+    plant('@eaDir/BSD400/9998.jpg')
     plant(f'GOPRO_Large/train/{SEQUENCE}/blur_gamma/000047.png')
     checked = check_sets(BENCHMARKS['AIO-5'], scan([tmp_path / 'raw']), workers=2)
     for one in checked:
@@ -32,6 +37,33 @@ def test_layouts_are_recognised(plant, tmp_path, tree):
         assert (key, one.found.layout.name) == (key, layout)
         assert (key, len(one.pairs[one.roles[0]])) == (key, len(lq or gt))
         assert not one.faults
+
+
+@pytest.mark.parametrize('below', ['.', 'SOTS', 'SOTS/outdoor', 'SOTS/outdoor/gt'])
+def test_a_set_is_recognised_from_a_level_too_high_or_too_low(plant, tmp_path, below):
+    plant('deep/down/SOTS/outdoor/gt/0001.png')
+    plant('deep/down/SOTS/outdoor/hazy/0001_0.8_0.2.jpg', 'deep/down/SOTS/outdoor/gt/0001.png', version=1)
+    (sots,) = [one for one in BENCHMARKS['AIO-3'] if one.name == 'SOTS-outdoor']
+    (found,) = check_sets([sots], scan([tmp_path / 'raw/deep/down' / below]), workers=1)
+    assert len(found.pairs['lq']) == (0 if below.endswith('gt') else 1)
+    assert found.found.layout.name == 'MoCE-IR, raw'
+
+
+def test_a_link_that_is_walked_first_does_not_hide_the_real_folder(plant, tmp_path):
+    plant('z/CBSD68/3096.png')
+    (tmp_path / 'raw/a').symlink_to(tmp_path / 'raw/z/CBSD68')
+    places = scan([tmp_path / 'raw'])
+    assert [place.rpartition('raw/')[2] for place in places] == ['z/CBSD68/']
+
+
+def test_the_release_is_said(plant, tmp_path):
+    for name, version in (('target', 0), ('input', 1)):
+        plant(f'test/derain/Rain100L/{name}/1.png', 'same', version=version)
+    (rain,) = [one for one in BENCHMARKS['AIO-3'] if one.name == 'Rain100L']
+    assert rain.releases.keys() == {200}
+    rain = replace(rain, expected=0, releases={1: 'another release'})
+    (found,) = check_sets([rain], scan([tmp_path / 'raw']), workers=1)
+    assert (found.verdict(), found.notes) == ('more', ['1 pairs: this is another release.'])
 
 
 @pytest.mark.parametrize(
@@ -46,8 +78,8 @@ def test_cdd11_is_recognised(plant, tmp_path, small_benchmarks, capsys, layout, 
     for split in ('train', 'test'):
         for role in CDD11_CLASSES:
             path = f'{folder.format(split)}/{name}.png'.replace('<role>', role)
-            plant(path)
-        plant(f'{folder.format(split).replace("input", "clear")}/00002.png'.replace('<role>', 'clear'))
+            plant(path, split, version=1)
+        plant(f'{folder.format(split).replace("input", "clear")}/00002.png'.replace('<role>', 'clear'), split)
     small_benchmarks('CDD-11', {('CDD-11', 'train'): ('', ('x', '')), ('CDD-11', 'test'): ('', ('x', ''))})
     assert run('CDD-11', tmp_path) == 0
     output = capsys.readouterr().out
@@ -63,7 +95,7 @@ def test_planted_faults_are_found_and_named(plant, tmp_path, capsys, small_bench
     plant_tree(plant, RAW)
     raw = tmp_path / 'raw'
     (raw / 'RainTrainL/rain-10.png').rename(raw / 'RainTrainL/rain-11.png')
-    plant('Rain100L/rainy/rain-002.png', size=(24, 30))
+    plant('Rain100L/rainy/rain-002.png', 'Rain100L/norain-002.png', size=(24, 30), version=1)
     whole = (raw / 'LOL/our485/low/2.png').read_bytes()
     (raw / 'LOL/our485/low/2.png').write_bytes(whole[: len(whole) // 2])
     (raw / 'SOTS/outdoor/hazy/0001_0.9_0.1.jpg').write_bytes(b'')
@@ -126,10 +158,11 @@ def test_an_absent_set_says_where_it_is_to_be_had(plant, tmp_path, capsys):
 
 def test_sets_in_several_folders_and_copies(plant, tmp_path, capsys):
     for path in ('a/OTS/part1/0025_0.8_0.04.jpg', 'b/OTS/part2/0026_0.8_0.04.jpg', 'b/OTS/part2/0025_0.8_0.04.jpg'):
-        plant(path, path.rpartition('/')[2])
-    for path in ('a/OTS/clear/0025.png', 'b/OTS/clear/0026.png', 'c/SOTS/outdoor/gt/0025.png'):
-        plant(path)
-    plant('c/SOTS/outdoor/hazy/0025_0.8_0.2.jpg', 'a/OTS/clear/0025.png')
+        plant(path, path.rpartition('/')[2][:4], version=1)
+    for path in ('a/OTS/clear/0025.png', 'b/OTS/clear/0026.png'):
+        plant(path, path[-8:-4])
+    plant('c/SOTS/outdoor/gt/0025.png')
+    plant('c/SOTS/outdoor/hazy/0025_0.8_0.2.jpg', 'c/SOTS/outdoor/gt/0025.png', version=1)
     sets = [one for one in BENCHMARKS['AIO-3'] if one.name in ('RESIDE-beta OTS', 'SOTS-outdoor')]
     ots, sots = check_sets(sets, scan([tmp_path / 'raw' / name for name in 'abc']), workers=1)
     assert len(ots.pairs['lq']) == 2
@@ -140,12 +173,12 @@ def test_sets_in_several_folders_and_copies(plant, tmp_path, capsys):
 
 def test_pixels_shared_by_ots_and_sots_are_a_note(plant, tmp_path):
     for path in ('OTS/part1/0025_0.8_0.04.png', 'SOTS/outdoor/hazy/0001_0.8_0.2.png'):
-        plant(path, 'the same')
-    for path in ('OTS/clear/0025.png', 'SOTS/outdoor/gt/0001.png'):
-        plant(path)
+        plant(path, 'the same', version=1)
+    plant('OTS/clear/0025.png', 'the same')
+    plant('SOTS/outdoor/gt/0001.png', 'the same', version=-1)
     sets = [one for one in BENCHMARKS['AIO-3'] if one.name in ('RESIDE-beta OTS', 'SOTS-outdoor')]
     ots, _ = check_sets(sets, scan([tmp_path / 'raw']), workers=1)
-    assert ots.notes == ['1 images have the pixels of a SOTS-outdoor image; the literature keeps them.']
+    assert ots.notes == ['1 images have the pixels of one of SOTS-outdoor (test); the literature keeps them.']
     assert len(ots.pairs['lq']) == 1
     assert not ots.faults
 
@@ -153,10 +186,10 @@ def test_pixels_shared_by_ots_and_sots_are_a_note(plant, tmp_path):
 def test_a_bad_scene_of_cdd11_is_left_out_of_every_class(plant, tmp_path, capsys):
     for role in ('clear', 'low', 'haze'):
         for name in ('00001', '00002', '00003'):
-            plant(f'CDD-11_test/{role}/{name}.png')
+            plant(f'CDD-11_test/{role}/{name}.png', name, version=role != 'clear')
     (tmp_path / 'raw/CDD-11_test/haze/00002.png').unlink()
-    plant('CDD-11_train/clear/00009.png', 'CDD-11_test/clear/00003.png')
-    plant('CDD-11_train/low/00009.png')
+    plant('CDD-11_train/clear/00009.png', '00003')
+    plant('CDD-11_train/low/00009.png', '00003', version=2)
     assert run('CDD-11', tmp_path, '--allow-partial') == 0
     output = capsys.readouterr().out
     assert "scenes that are not good in every role are left out of all: '00002'" in output
@@ -174,7 +207,8 @@ def test_a_photograph_on_its_side_has_the_size_it_decodes_to(plant, tmp_path):
     exif = Image.Exif()
     exif[274] = 6
     (tmp_path / 'raw/LOL/eval15/low').mkdir()
-    Image.new('RGB', (24, 32)).save(tmp_path / 'raw/LOL/eval15/low/1.jpg', exif=exif)
+    upright = Image.open(tmp_path / 'raw/LOL/eval15/high/1.png').point(lambda value: value // 4)
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / 'raw/LOL/eval15/low/1.jpg', exif=exif)
     lol = [one for one in BENCHMARKS['AIO-5'] if (one.name, one.split) == ('LOL-v1', 'test')]
     (checked,) = check_sets(lol, scan([tmp_path / 'raw']), workers=1)
     assert checked.pairs['lq'] == [('1', '1')]
@@ -188,8 +222,8 @@ def test_mistakes_are_named(plant, tmp_path, capsys, monkeypatch):
     assert run('AIO-3', tmp_path, '--workers', '0') == 2
     assert '--workers must be at least 1, got 0' in capsys.readouterr().err
     assert run('AIO-3', tmp_path, '--allow-partial') == 2
-    assert 'no images of its sets found below' in capsys.readouterr().err
+    assert 'there is nothing good of its sets below' in capsys.readouterr().err
     plant('BSD400/1.jpg')
     monkeypatch.setattr(prepare.shutil, 'disk_usage', lambda _: SimpleNamespace(free=10))
     assert run('AIO-3', tmp_path, '--allow-partial') == 2
-    assert 'has 0.0 GB free, the images need' in capsys.readouterr().err
+    assert 'has 0.000 GB free, what is still to be written needs some' in capsys.readouterr().err
