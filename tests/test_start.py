@@ -56,6 +56,10 @@ def test_restoring_a_picture_needs_neither_basicsr_nor_torchvision(tmp_path, pho
     assert heavy(modules) == ['torch', 'numpy', 'cv2', 'PIL']
 
 
+def test_preparing_data_needs_no_torch():
+    assert heavy(imported('import cea_arch.data.prepare')[0]) == ['numpy', 'cv2', 'PIL']
+
+
 # as other plugins make basicsr run with today's torchvision
 REPAIRED = """
 import types, torchvision.transforms.functional as f

@@ -312,3 +312,19 @@ BENCHMARKS: dict[str, Iterable[ImageSet]] = {
 }
 LEAKS_BY_ID = (OTS.name, SOTS.name)  # known in the literature, which keeps both sets as they are
 KNOWN_LEAKS = ({*LEAKS_BY_ID}, {BSD400.name, RAIN100L.name})
+
+
+def stored_in(root: str) -> tuple[str, int] | None:
+    """The benchmark whose preparation writes an LMDB of this path, and the number of images that it has as published.
+
+    None where there is none.
+    """
+    for benchmark, sets in BENCHMARKS.items():
+        for one in sets:
+            for role in one.roles:
+                counts = {layout.store or one.store: layout.expected or one.expected for layout in one.layouts}
+                for store, count in counts.items():
+                    if f'{root}'.endswith(f'{store.replace("<role>", role)}.lmdb'):
+                        truths = one.scenes if role == one.roles[0] and one.scenes else count
+                        return benchmark, BSD400.expected + WED.expected if store == WED.store else truths
+    return None

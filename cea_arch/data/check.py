@@ -1,10 +1,12 @@
 """Check raw image sets before anything is written: pairs, sizes, damage, and test images among the training images."""
 
+import sys
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -21,7 +23,7 @@ from cea_arch.data.doubts import (
 )
 from cea_arch.data.image_store import decode
 from cea_arch.data.pairing import describe, match_keys
-from cea_arch.data.recognise import Found, recognise
+from cea_arch.data.recognise import Found, Places, recognise
 from cea_arch.errors import UserError
 
 Item, Result = TypeVar('Item'), TypeVar('Result')
@@ -40,6 +42,7 @@ class Checked:
             ``twice``, ``duplicates``, ``doubtful``.
         counts: How many files or pairs each fault concerns.
         notes: What a user should know and need not mend.
+        listed: Every file or pair that a fault of names, sizes or damage concerns, with the fault.
     """
 
     found: Found
@@ -48,6 +51,7 @@ class Checked:
     faults: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     notes: list[str] = field(default_factory=list)
+    listed: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -81,18 +85,23 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers:
 
 
 def check_sets(
-    image_sets: Iterable[ImageSet], places: dict[str, list[Path]], workers: int, trust: bool = False
+    image_sets: Iterable[ImageSet],
+    places: Places,
+    workers: int,
+    trust: bool = False,
+    named: Mapping[str, Found] = MappingProxyType({}),
 ) -> list[Checked]:
     """Recognise and check ``image_sets`` among the files of :func:`cea_arch.data.recognise.scan`.
 
     Every file is decoded once, on ``workers`` threads; nothing of it is kept but :class:`Contents`. With ``trust``,
-    doubts about what pictures show are notes, and drop nothing.
+    doubts about what pictures show are notes, and drop nothing. ``named`` are sets whose folders are known, by title.
     """
     found = [recognise(image_set, places) for image_set in image_sets]
+    found = [named.get(one.title, one) for one in found]
     truths = {path for one in found for path in one.files.get(one.image_set.roles[0], {}).values()}
     paths = sorted({path for one in found for path in _paths(one)})
     inspected = in_order(lambda path: _inspect(path, path in truths), paths, workers)
-    contents = dict(zip(paths, tqdm(inspected, total=len(paths), desc='checking', unit='file', disable=None)))
+    contents = dict(zip(paths, progress(inspected, len(paths), 'checking')))
     checked = [_check_set(one, contents) for one in found]
     _find_duplicates(checked, contents)
     for one in checked:
@@ -102,6 +111,18 @@ def check_sets(
     _note_shared_ids(checked)
     _note_cuts(checked, contents)
     return checked
+
+
+def progress(items: Iterable[Item], total: int, name: str) -> Iterator[Item]:
+    """The items, with a bar on a terminal, and else a line for every tenth of them."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, total=total, desc=name, unit='file')
+        return
+    for number, item in enumerate(items, 1):
+        yield item
+        if total >= 1000 and number * 10 // total > (number - 1) * 10 // total:
+            sys.stderr.write(f'{name}: {number:,} of {total:,} files\n')
+            sys.stderr.flush()
 
 
 def _paths(found: Found) -> Iterator[Path]:
@@ -121,7 +142,12 @@ def _inspect(path: Path, with_places: bool) -> Contents | None:
 def _check_set(found: Found, contents: dict[Path, Contents | None]) -> Checked:
     checked = Checked(found)
     unreadable = sorted(str(path) for path in _paths(found) if contents[path] is None)
-    _blame(checked, 'unreadable', len(unreadable), _list(unreadable))
+    _blame(checked, 'unreadable', len(unreadable), _list(unreadable), unreadable)
+    pointers = [
+        path for path in map(Path, unreadable) if path.stat().st_size < 1024 and b'git-lfs' in path.read_bytes()
+    ]
+    if pointers:
+        checked.notes.append(f'{len(pointers):,} files are pointers of Git LFS: `git lfs pull` fetches the images.')
     digests = {path: contents[path] and contents[path].digest for pair in found.copies for path in pair}
     twice = [(a, b) for a, b in found.copies if digests[a] != digests[b]]
     _blame(checked, 'twice', len(twice), _list(f'{a} and {b} are different' for a, b in twice))
@@ -147,16 +173,18 @@ def _pair_role(checked: Checked, role: str, contents: dict[Path, Contents | None
     unused = [] if checked.found.image_set.shares_gt and not matching.lonely else matching.unused
     sides = (role, matching.lonely, gt_files), (gt_role, unused, lq_files)
     for side, keys, others in sides:
-        _blame(checked, 'unmatched', len(keys), f'{side} without a partner: {describe(keys, others)}' if keys else '')
+        said = f'{side} without a partner: {describe(keys, others)}' if keys else ''
+        files = lq_files if side == role else gt_files
+        _blame(checked, 'unmatched', len(keys), said, (str(files[key]) for key in keys))
     if len(unused) < len(matching.unused):
         checked.notes.append(f'{len(matching.unused):,} ground truths without a degraded image are left aside.')
     good = [(lq, gt) for lq, gt in matching.pairs if lq_files[lq] not in bad and gt_files[gt] not in bad]
     unequal = [(lq, gt) for lq, gt in good if contents[lq_files[lq]].size != contents[gt_files[gt]].size]
-    sizes = (
+    sizes = [
         f'{lq_files[lq]} {contents[lq_files[lq]].size} and {gt_files[gt]} {contents[gt_files[gt]].size}'
         for lq, gt in unequal
-    )
-    _blame(checked, 'unequal', len(unequal), _list(sizes, ' (height, width)'))
+    ]
+    _blame(checked, 'unequal', len(unequal), _list(sizes, ' (height, width)'), sizes)
     checked.matched[role] = len(matching.pairs)
     checked.pairs[role] = sorted(set(good) - set(unequal))
 
@@ -288,10 +316,11 @@ def _note_shared_ids(checked: list[Checked]) -> None:
         next(one for one in checked if one.found.image_set.name == LEAKS_BY_ID[1]).notes.append(note)
 
 
-def _blame(checked: Checked, fault: str, count: int, sentence: str) -> None:
+def _blame(checked: Checked, fault: str, count: int, sentence: str, items: Iterable[str] = ()) -> None:
     if count:
         checked.counts[fault] += count
         checked.faults[fault].append(sentence)
+        checked.listed += [(fault, item) for item in items]
 
 
 def _list(items: Iterable[str], unit: str = '') -> str:

@@ -11,7 +11,8 @@ from cea_arch.data.contents import UNLIKE, Contents, likeness, shared_places
 
 EXAMPLES = 3
 MOST_ODD = 0.2  # share of pairs beyond which all of a set are in doubt
-TRIED = 40  # other ground truths that a doubtful pair is compared with
+TRIED = 20  # doubtful pairs for which the right partner is looked for, among all of their set
+ALIKE = 0.5  # likeness of pictures that surely show one scene
 A_CUT = 4  # places that a picture and a cut of it share, at least
 # by what a degradation does: which of two numbers is the smaller one in the degraded picture
 DIRECTIONS: dict[str, Callable[[Contents, Contents], float]] = {
@@ -49,19 +50,21 @@ def doubts_of_scenes(image_set: ImageSet, expected: int, pairs: Pairs) -> str:
 
 
 def doubts_of_pairs(pairs: Pairs, contents: dict[Path, Contents]) -> tuple[str, set[tuple[Path, Path]], bool]:
-    """Pairs of which one side does not show what the other does, in a sentence; which; and whether all are in doubt."""
+    """Pairs of which one side does not show what the other does, in a sentence.
+
+    Returns:
+        The sentence; the pairs that are surely wrong, since the picture shows what another ground truth does; whether
+        that is so of so many that all of the set are in doubt.
+    """
     values = {pair: likeness(contents[pair[0]], contents[pair[1]]) for pair in pairs}
     odd = [pair for pair in pairs if values[pair] < UNLIKE]
-    if not odd:
-        return '', set(), False
-    all_of_them = len(odd) > max(MOST_ODD * len(pairs), 2)
     truths = sorted({gt for _, gt in pairs})
-    told, sure = [], set()
-    for lq, gt in odd:
-        better = _better(lq, gt, truths, contents, values[lq, gt]) if len(told) < EXAMPLES or not all_of_them else None
-        if better or all_of_them:
-            sure.add((lq, gt))
-            told.append(f'{lq} does not show what {gt} does' + (f', but {better} does' if better else ''))
+    tried = odd if len(odd) <= TRIED else [odd[int(i)] for i in np.linspace(0, len(odd) - 1, TRIED)]
+    better = {pair: _better(*pair, truths, contents) for pair in tried}
+    sure = {pair for pair, other in better.items() if other}
+    told = [f'{lq} does not show what {gt} does, but {better[lq, gt]} does' for lq, gt in sorted(sure)]
+    told += [f'{lq} does not show what {gt} does' for lq, gt in odd if (lq, gt) not in sure]
+    all_of_them = len(odd) > max(MOST_ODD * len(pairs), 2) and 2 * len(sure) > len(tried)
     return _examples(told), sure, all_of_them
 
 
@@ -94,15 +97,11 @@ def cuts(train: dict[Path, Contents], test: dict[Path, Contents]) -> list[tuple[
     return found
 
 
-def _better(lq: Path, gt: Path, truths: list[Path], contents: dict[Path, Contents], value: float) -> Path | None:
-    """Another ground truth, near it or anywhere, that shows what ``lq`` does."""
-    at = truths.index(gt)
-    near = truths[max(at - TRIED // 4, 0) : at + TRIED // 4]
-    others = near + [truths[int(i)] for i in np.linspace(0, len(truths) - 1, min(TRIED, len(truths)))]
-    best = max(
-        (other for other in others if other != gt), key=lambda t: likeness(contents[lq], contents[t]), default=None
-    )
-    return best if best and likeness(contents[lq], contents[best]) > max(value + 0.3, UNLIKE) else None
+def _better(lq: Path, gt: Path, truths: list[Path], contents: dict[Path, Contents]) -> Path | None:
+    """Another ground truth that surely shows what ``lq`` does."""
+    alike = {other: likeness(contents[lq], contents[other]) for other in truths if other != gt}
+    best = max(alike, key=alike.get, default=None)
+    return best if best and alike[best] > ALIKE else None
 
 
 def _examples(texts: Iterable[str]) -> str:

@@ -94,16 +94,29 @@ def image_size(file: Path | bytes, where: str) -> tuple[int, int]:
     return picture_size(file, where)
 
 
-def walk_images(root: Path, recursive: bool = True, seen: set[str] | None = None) -> Iterator[Path]:
-    """The picture files below a folder, in order of name; links to folders are followed, once each.
+def walk_images(root: Path, recursive: bool = True) -> Iterator[Path]:
+    """The picture files below a folder, as :func:`walk_files` finds them."""
+    return (path for path in walk_files(root, recursive) if path.suffix.lower() in SUFFIXES)
+
+
+def walk_files(
+    root: Path, recursive: bool = True, seen: set[str] | None = None, closed: list[Path] | None = None
+) -> Iterator[Path]:
+    """The files below a folder, in order of name; links to folders are followed, once each.
 
     What file managers, cameras' servers, trash cans and notebooks keep for themselves (``HIDDEN``, and names that begin
-    with a dot) holds copies, and is passed over. ``seen`` are the resolved folders that were walked before.
+    with a dot) holds copies, and is passed over. ``seen`` are the resolved folders that were walked before; into
+    ``closed`` go those that may not be read.
     """
     seen, links = set() if seen is None else seen, [root]
+
+    def note(error: OSError) -> None:
+        if closed is not None:
+            closed.append(Path(error.filename))
+
     while links:  # real folders first: a link must not give its name to one of them
         top = links.pop(0)
-        for folder, subfolders, names in os.walk(top):
+        for folder, subfolders, names in os.walk(top, onerror=note):
             real = os.path.realpath(folder)
             if real in seen:
                 subfolders.clear()
@@ -113,7 +126,7 @@ def walk_images(root: Path, recursive: bool = True, seen: set[str] | None = None
             links += [path for path in (Path(folder, name) for name in subfolders) if path.is_symlink()]
             for name in sorted(names):
                 path = Path(folder, name)
-                if path.suffix.lower() in SUFFIXES and not is_hidden(name) and path.is_file():
+                if not is_hidden(name) and path.is_file():
                     yield path
 
 

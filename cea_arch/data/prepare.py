@@ -5,20 +5,19 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import cv2
-from tqdm import tqdm
 
 from cea_arch.data.benchmarks import BENCHMARKS, GOPRO_TRAIN
-from cea_arch.data.check import Checked, check_sets, in_order
+from cea_arch.data.check import Checked, check_sets, in_order, progress
 from cea_arch.data.image_store import decode
 from cea_arch.data.lmdb_writer import write_lmdb
-from cea_arch.data.recognise import scan
-from cea_arch.errors import UserError
-from cea_arch.files import as_path
+from cea_arch.data.recognise import Found, Places, by_hand, scan, unclaimed
+from cea_arch.errors import UserError, suggest
+from cea_arch.files import as_path, written_beside
 
+MOST_REASONS = 10
 FAULTS = ('unmatched', 'unequal', 'unreadable', 'twice', 'duplicates', 'doubtful')
 COLUMNS = ('set', 'layout', 'found', 'good', 'expected', *FAULTS, 'verdict')
 CROPS_GROW = 1.8  # bytes of a frame's crops, which overlap, to one of the frame
@@ -57,6 +56,16 @@ def _parser(benchmark: str) -> argparse.ArgumentParser:
     )
     parser.add_argument('--check', action='store_true', help='only check')
     parser.add_argument(
+        '--set',
+        nargs='+',
+        action='append',
+        default=[],
+        dest='sets',
+        metavar=('NAME', 'FOLDER'),
+        help='name the folders of a set by hand: its name, as in the table, ground truths, degraded images',
+    )
+    parser.add_argument('--details', type=as_path, metavar='FILE', help='write every file with a fault to FILE')
+    parser.add_argument(
         '--allow-partial', action='store_true', help='write what is good although something is missing or wrong'
     )
     parser.add_argument(
@@ -80,8 +89,14 @@ def _run(benchmark: str, args: argparse.Namespace) -> int:
     if args.workers < 1:
         raise UserError(f'--workers must be at least 1, got {args.workers}.')
     places = scan(args.raw)
-    checked = check_sets(BENCHMARKS[benchmark], places, args.workers, args.trust)
+    named = dict(_named(words, benchmark) for words in args.sets)
+    checked = check_sets(BENCHMARKS[benchmark], places, args.workers, args.trust, named)
     print(report(checked))
+    print(''.join(f'{line}.\n' for line in reasons(checked, places)), end='')
+    if args.details:
+        lines = [f'{one.found.title}\t{fault}\t{item}\n' for one in checked for fault, item in one.listed]
+        with written_beside(args.details) as aside:
+            aside.write_text(''.join(lines), 'utf-8')
     fine = all(one.is_fine() for one in checked)
     if args.check or not (fine or args.allow_partial):
         if not fine:
@@ -94,6 +109,33 @@ def _run(benchmark: str, args: argparse.Namespace) -> int:
     for store, files in jobs.items():
         _write(args.output / f'{store}.lmdb', files, args)
     return 0
+
+
+def _named(words: list[str], benchmark: str) -> tuple[str, Found]:
+    """A set that ``--set`` names, by its title."""
+    name, *folders = words
+    titles = {f'{one.name} ({one.split})': one for one in BENCHMARKS[benchmark]}
+    fitting = [title for title, one in titles.items() if name.casefold() in (title.casefold(), one.name.casefold())]
+    if len(fitting) != 1:
+        hint = f' It is one of {", ".join(fitting)}.' if fitting else suggest(name, titles)
+        raise UserError(f'--set: {name!r} is no one set of {benchmark}.{hint}')
+    if not 1 <= len(folders) <= 2:
+        raise UserError(f'--set {name}: expected the folder of ground truths and of degraded images, got {folders}.')
+    return fitting[0], by_hand(titles[fitting[0]], *map(as_path, folders))
+
+
+def reasons(checked: list[Checked], places: Places) -> list[str]:
+    """Why a set may be absent though it was downloaded, in sentences; none where nothing is missing."""
+    wanting = [one.found.image_set for one in checked if not one.is_fine()]
+    if not wanting:
+        return []
+    claimed = {path for one in checked for names in one.found.files.values() for path in names.values()}
+    claimed |= {path for one in checked for path, _ in one.found.copies}
+    said = unclaimed(places, claimed, wanting)
+    if len(said) > MOST_REASONS:
+        said = [*said[:MOST_REASONS], f'{len(said) - MOST_REASONS} more folders fit no set']
+    said += [f'{path} is an archive: unpack it' for path in places.archives[:MOST_REASONS]]
+    return said + [f'{folder} may not be read: no permission' for folder in places.closed]
 
 
 def report(checked: list[Checked]) -> str:
@@ -162,8 +204,8 @@ def _check_space(jobs: dict[str, list[tuple[str, Path, bool]]], output: Path) ->
 
 
 def _write(destination: Path, files: list[tuple[str, Path, bool]], args: argparse.Namespace) -> None:
-    progress = partial(tqdm, total=len(files), desc=destination.name, unit='file', disable=None)
-    images = (image for read in progress(in_order(_read, files, args.workers)) for image in read)
+    read = progress(in_order(_read, files, args.workers), len(files), destination.name)
+    images = (image for several in read for image in several)
     written = write_lmdb(images, destination, args.overwrite)
     kept = f', {written.kept:,} of them kept from an earlier run' if written.kept else ''
     print(f'{destination}: {written.images:,} images, complete and verified{kept}')

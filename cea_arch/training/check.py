@@ -5,7 +5,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, repeat
@@ -16,6 +16,7 @@ import torch
 from basicsr.models import build_model
 
 from cea_arch import distributed
+from cea_arch.data.benchmarks import stored_in
 from cea_arch.metrics.protocols import PROTOCOLS
 from cea_arch.models.cea_model import CEAModel
 from cea_arch.networks.with_cea import WithCEA
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         print('Missing:')
         for label, name in parts.missing.items():
             print(f'  {label}: {name}')
+        print(''.join(f'{line}\n' for line in _preparing(parts.missing.values())), end='')
         return 0 if args.allow_missing else 2
     if is_train and args.steps > 0:
         one = several | {'dist': False, 'train': several['train'] | {'total_batch_size': None}}  # of the processes
@@ -155,6 +157,24 @@ def _data(opt: dict[str, Any], parts: Parts, title: str, phases: list[str]) -> I
         else:
             yield title, f'{name}: {len(dataset):,} images'
         title = ''
+        yield from (('', line) for line in _other_counts(dataset))
+
+
+def _other_counts(dataset: Any) -> Iterator[str]:
+    """LMDBs of a benchmark that hold another number of images than published, in sentences."""
+    stores = (store for source in getattr(dataset, 'sources', ()) for store in (source.gt, source.lq) if store)
+    for store in stores:
+        known = stored_in(str(store.root))
+        if known and len(store.sizes) != known[1]:
+            yield f'{store.root} holds {len(store.sizes):,} images; as published there are {known[1]:,}'
+
+
+def _preparing(missing: Iterable[str]) -> list[str]:
+    """The commands that make what is missing."""
+    known = {found[0] for found in map(stored_in, missing) if found}
+    known -= {'AIO-3'} if 'AIO-5' in known else set()  # whose sets it has, too
+    scripts = sorted(f'datasets_prep/prepare_{name.lower().replace("-", "")}.py' for name in known)
+    return [f'`python {script} --raw DOWNLOADS` makes such LMDBs of what you have downloaded.' for script in scripts]
 
 
 def _scores(opt: dict[str, Any]) -> str:

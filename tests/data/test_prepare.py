@@ -53,7 +53,7 @@ def test_a_link_that_is_walked_first_does_not_hide_the_real_folder(plant, tmp_pa
     plant('z/CBSD68/3096.png')
     (tmp_path / 'raw/a').symlink_to(tmp_path / 'raw/z/CBSD68')
     places = scan([tmp_path / 'raw'])
-    assert [place.rpartition('raw/')[2] for place in places] == ['z/CBSD68/']
+    assert [place.rpartition('raw/')[2] for place in places.images] == ['z/CBSD68/']
 
 
 def test_the_release_is_said(plant, tmp_path):
@@ -227,3 +227,42 @@ def test_mistakes_are_named(plant, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prepare.shutil, 'disk_usage', lambda _: SimpleNamespace(free=10))
     assert run('AIO-3', tmp_path, '--allow-partial') == 2
     assert 'has 0.000 GB free, what is still to be written needs some' in capsys.readouterr().err
+
+
+def test_why_a_set_is_absent(plant, tmp_path, capsys):
+    raw = tmp_path / 'raw'
+    plant('SOTS/outdor/hazy/0001_0.8_0.2.jpg')
+    plant(f'GOPRO_Large/train/{SEQUENCE}/blur_gamma/000047.png')
+    (raw / 'Rain100L.zip').write_bytes(b'PK')
+    (raw / 'CBSD68').mkdir()
+    (raw / 'CBSD68/3096.png').write_bytes(b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n')
+    assert run('AIO-5', tmp_path, '--check') == 1
+    said = capsys.readouterr().out
+    assert (
+        f'{raw}/SOTS/outdor/hazy holds 1 images that fit no set; nearest: SOTS-outdoor (test), looked for in ' in said
+    )
+    assert (
+        f'{SEQUENCE}/blur_gamma holds 1 images that fit no set; the papers use the frames of blur, not these.' in said
+    )
+    assert f'{raw}/Rain100L.zip is an archive: unpack it.' in said
+    assert 'CBSD68 (test): note: 1 files are pointers of Git LFS: `git lfs pull` fetches the images.' in said
+
+
+def test_folders_named_by_hand_and_all_faults_in_a_file(plant, tmp_path, capsys):
+    for number in range(9):
+        plant(f'mine/clean/{number}.png', str(number))
+        if number < 2:
+            plant(f'mine/dark/{number}.png', str(number), version=3)
+    words = ['--set', 'LOL-v1 (test)', f'{tmp_path}/raw/mine/clean', f'{tmp_path}/raw/mine/dark']
+    assert run('AIO-5', tmp_path, '--check', *words, '--details', str(tmp_path / 'all.tsv')) == 1
+    assert 'LOL-v1 (test)            by hand  2' in capsys.readouterr().out
+    lines = (tmp_path / 'all.tsv').read_text().splitlines()
+    assert lines == [f'LOL-v1 (test)\tunmatched\t{tmp_path}/raw/mine/clean/{number}.png' for number in range(2, 9)]
+    for words, message in (
+        (['LOL-v1', 'a', 'b'], 'is no one set of AIO-5. It is one of LOL-v1 (train), LOL-v1 (test).'),
+        (['LOL (test)', 'a', 'b'], "Did you mean 'LOL-v1 (test)'?"),
+        (['CBSD68', 'a', 'b'], 'its folders are those of gt.'),
+        (['SOTS-outdoor', 'nowhere', 'nowhere'], "folder 'nowhere' does not exist"),
+    ):
+        assert run('AIO-5', tmp_path, '--check', '--set', *words) == 2
+        assert message in capsys.readouterr().err

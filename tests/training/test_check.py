@@ -210,3 +210,26 @@ def test_cea_schema_prints_it(capsys):
     ceanet = next(case['then'] for case in cases if case['if']['properties']['type']['const'] == 'CEAIR')
     assert ceanet['properties']['rank'] == {'type': 'integer'}
     assert ceanet['properties']['dim'] == {'anyOf': [{'type': 'integer'}, {'type': 'null'}]}
+
+
+def test_absent_lmdbs_name_the_command_that_makes_them_and_counts_are_compared(workplace, check):
+    folder, opt = workplace
+    opt['datasets']['train']['sources']['rain'] = {
+        'degradation': 'paired',
+        'dataroot_lq': 'datasets/aio/train/lol_lq.lmdb',
+        'dataroot_gt': 'datasets/aio/train/raintrainl_gt.lmdb',
+    }
+    code, _, said = check(opt)
+    assert code == 2
+    assert said.out.splitlines()[-1] == (
+        '`python datasets_prep/prepare_aio5.py --raw DOWNLOADS` makes such LMDBs of what you have downloaded.'
+    )
+    del opt['datasets']['train']['sources']['rain']
+    (folder / 'datasets/aio/train').mkdir(parents=True)
+    (folder / 'x.lmdb').rename(folder / 'datasets/aio/train/bsd400_wed.lmdb')
+    for dataset in opt['datasets'].values():
+        for source in dataset['sources'].values():
+            source['dataroot_gt'] = 'datasets/aio/train/bsd400_wed.lmdb'
+    code, _, said = check(opt, '--steps', '0')
+    assert code == 0
+    assert 'datasets/aio/train/bsd400_wed.lmdb holds 8 images; as published there are 5,144' in said.out
