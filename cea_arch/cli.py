@@ -298,6 +298,9 @@ def _merge(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, its own, 2 for a user's mistake, 130 when interrupted."""
     args = build_parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):  # names of files that the terminal's encoding lacks
+            stream.reconfigure(errors='backslashreplace')
     if 'OMP_WAIT_POLICY' not in os.environ:  # read when torch is loaded
         os.environ.setdefault('GOMP_SPINCOUNT', SPIN)
     if args.needs_basicsr and not has_basicsr():

@@ -52,6 +52,11 @@ def descriptive(exif: bytes) -> dict[int, bytes]:
     return {tag: text for tag, text in found.items() if text}
 
 
+def count_of(exif: bytes) -> int:
+    """How many entries say something, besides orientation."""
+    return sum(entry.tag != ORIENTATION for entry in _entries(exif))
+
+
 def build_exif(texts: dict[int, bytes]) -> bytes | None:
     """EXIF that holds texts by tag, see :func:`descriptive`; ``None`` if there are none."""
     if not texts:

@@ -94,9 +94,9 @@ def image_size(file: Path | bytes, where: str) -> tuple[int, int]:
     return picture_size(file, where)
 
 
-def walk_images(root: Path, recursive: bool = True) -> Iterator[Path]:
-    """The picture files below a folder, as :func:`walk_files` finds them."""
-    return (path for path in walk_files(root, recursive) if path.suffix.lower() in SUFFIXES)
+def walk_images(root: Path, recursive: bool = True, closed: list[Path] | None = None) -> Iterator[Path]:
+    """The picture files below a folder, as :func:`walk_files` finds them; ``closed`` gets those that are not there."""
+    return (path for path in walk_files(root, recursive, closed=closed) if path.suffix.lower() in SUFFIXES)
 
 
 def walk_files(
@@ -126,8 +126,16 @@ def walk_files(
             links += [path for path in (Path(folder, name) for name in subfolders) if path.is_symlink()]
             for name in sorted(names):
                 path = Path(folder, name)
-                if not is_hidden(name) and path.is_file():
+                if is_hidden(name):
+                    continue
+                try:
+                    is_file = path.is_file()
+                except OSError:
+                    is_file = False
+                if is_file:
                     yield path
+                elif closed is not None and path.suffix.lower() in SUFFIXES and not path.is_dir():
+                    closed.append(path)
 
 
 def is_hidden(name: str) -> bool:

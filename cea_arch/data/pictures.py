@@ -45,6 +45,7 @@ class Picture:
         dpi: Dots per inch, horizontal and vertical.
         own: What else this format alone can hold: a PNG's chunks of colour and text, a JPEG's segments of text.
         notes: What of the file could not be taken along, and what its pixels are if not sRGB.
+        lossless: Whether a WebP is.
     """
 
     pixels: np.ndarray
@@ -55,6 +56,7 @@ class Picture:
     dpi: tuple[float, float] | None = None
     own: list[tuple[bytes, bytes]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    lossless: bool = False
 
 
 def read_picture(path: Path) -> Picture:
@@ -90,9 +92,11 @@ def picture_size(file: Path | bytes, where: str) -> tuple[int, int]:
             start = stream.read(8)
             if start[:4] in TIFF_STARTS:
                 return Tiff(file).size
-            with Image.open(stream, formats=tuple(set(FORMAT_OF.values()))) as image:
-                width, height = image.size
-                exif = png.exif_of(stream) if start == png.SIGNATURE else image.info.get('exif', b'')
+            if start == png.SIGNATURE:
+                (height, width), exif = png.size_of(stream), png.exif_of(stream)
+            else:
+                with Image.open(stream, formats=tuple(set(FORMAT_OF.values()))) as image:
+                    (width, height), exif = image.size, image.info.get('exif', b'')
             turned = orientation(exif.removeprefix(jpeg.EXIF)) > 4
             return (width, height) if turned else (height, width)
 
@@ -159,8 +163,9 @@ def _decode_png(data: bytes) -> Picture:
     notes: list[str] = []
     found = png.chunks(data, notes)
     _check_size(*struct.unpack('>II', found[0][1][:8]))
-    exif = dict(found).get(b'eXIf', b'').removeprefix(jpeg.EXIF)
+    exif = png.first_of(found, b'eXIf').removeprefix(jpeg.EXIF)
     xmp = png.xmp_of(found)
+    notes += [f'its {kind} chunk is dropped' for kind in png.dropped(found)]
     far = png.far_from_srgb(found)
     if far:
         notes.append(f'its values are {far}; they are restored as if they were sRGB, and stay tagged so')
@@ -169,7 +174,7 @@ def _decode_png(data: bytes) -> Picture:
         format='PNG',
         icc=png.profile_of(found, notes),
         exif=upright_exif(exif) or None,
-        xmp=_upright_xmp(xmp, notes) if xmp else None,
+        xmp=_upright_xmp(xmp, orientation(exif) > 1, notes) if xmp else None,
         dpi=png.resolution_of(found),
         own=[(kind, c) for kind, c in found if kind in (*png.COLOUR, *png.TEXT) and not png.is_xmp(kind, c)],
         notes=notes,
@@ -182,8 +187,11 @@ def _decode_tiff(data: bytes) -> Picture:
     notes = tiff.notes
     pixels, icc, exif, dpi = tiff.pixels(), tiff.icc, build_exif(tiff.texts), tiff.dpi
     if tiff.is_cmyk:
+        if pixels.shape[2] > 4:
+            notes.append('its transparency beside CMYK is dropped')
         pixels, icc = _cmyk_as_rgb(Image.fromarray(pixels[..., :4], 'CMYK'), icc, notes), None
-    xmp = _upright_xmp(tiff.xmp, notes) if tiff.xmp else None
+    xmp = _upright_xmp(tiff.xmp, tiff.orientation > 1, notes) if tiff.xmp else None
+    notes += [f'its {name} is dropped' for name in tiff.others]
     return Picture(upright(pixels, tiff.orientation), 'TIFF', icc, exif, xmp, dpi, notes=notes)
 
 
@@ -191,16 +199,21 @@ def _decode_jpeg(data: bytes) -> Picture:
     notes: list[str] = []
     plain, segments = jpeg.split(data)
     exif, xmp = jpeg.described_by(segments, jpeg.EXIF), jpeg.described_by(segments, jpeg.XMP)
+    notes += [f'its {word} are left' for word in jpeg.dropped(segments)]
+    jpeg.frame(plain)  # says which kinds are not read
     with Image.open(io.BytesIO(plain), formats=['JPEG']) as image:
         icc = image.info.get('icc_profile')
         image.load()
+        more = jpeg.with_more(plain)
+        if more is not None and np.asarray(image).tobytes() != _stored_pixels(more):
+            raise UserError('damaged: pixels are missing at its end.')
         pixels = _cmyk_as_rgb(image, icc, notes) if image.mode == 'CMYK' else np.array(_plain(image))
         return Picture(
             pixels=upright(pixels, orientation(exif)),
             format='JPEG',
             icc=None if image.mode == 'CMYK' else icc,
             exif=upright_exif(exif) or None,
-            xmp=_upright_xmp(xmp, notes) if xmp else None,
+            xmp=_upright_xmp(xmp, orientation(exif) > 1, notes) if xmp else None,
             dpi=_dpi(image),
             own=[(bytes([kind]), content) for kind, content in segments if kind in jpeg.TEXT],
             notes=notes,
@@ -221,10 +234,16 @@ def _decode_other(data: bytes) -> Picture:
             format=image.format or 'BMP',
             icc=image.info.get('icc_profile'),
             exif=upright_exif(exif) or None,
-            xmp=_upright_xmp(xmp, notes) if xmp else None,
+            xmp=_upright_xmp(xmp, orientation(exif) > 1, notes) if xmp else None,
             dpi=_dpi(image),
             notes=notes,
+            lossless=b'VP8L' in data[12:] and image.format == 'WEBP',
         )
+
+
+def _stored_pixels(data: bytes) -> bytes:
+    with Image.open(io.BytesIO(data), formats=['JPEG']) as image:
+        return np.asarray(image).tobytes()
 
 
 def _plain(image: Image.Image) -> Image.Image:
@@ -250,10 +269,15 @@ def _cmyk_as_rgb(image: Image.Image, icc: bytes | None, notes: list[str]) -> np.
     return np.array(image.convert('RGB'))
 
 
-def _upright_xmp(xmp: bytes, notes: list[str]) -> bytes | None:
-    if b':Directory' in xmp:
-        notes.append('its XMP lists further pictures in the file, and is dropped')
+def _upright_xmp(xmp: bytes, turned: bool, notes: list[str]) -> bytes | None:
+    """XMP for the picture as it is now: what it says of orientation changes where EXIF had the pixels turned."""
+    wide = b'O\0r\0i\0e\0n' in xmp or b'\0O\0r\0i\0e' in xmp
+    if b':Directory' in xmp or (turned and wide):
+        what = 'says in UTF-16 how the picture was turned' if wide else 'lists further pictures in the file'
+        notes.append(f'its XMP {what}, and is dropped')
         return None
+    if not turned:
+        return xmp
     return _XMP_ORIENTATION.sub(rb'\g<1>1', xmp)
 
 

@@ -35,7 +35,11 @@ def chunks(data: bytes, notes: list[str]) -> list[Chunk]:
         if at + length + 4 > len(data):
             break
         content = data[at : at + length]
-        if struct.pack('>I', zlib.crc32(kind + content)) == data[at + length : at + length + 4]:
+        if kind == b'cICP' and length != 4:
+            notes.append('its cICP chunk is damaged, and dropped')
+        elif struct.pack('>I', zlib.crc32(kind + content)) == data[at + length : at + length + 4]:
+            if not found and kind != b'IHDR':
+                raise UserError(f'not a PNG as the standard has it: its first chunk is {name(kind)}.')
             found.append((kind, content))
         elif kind[0] & 32 and kind != b'tRNS':  # a small first letter: not needed to show the pixels
             notes.append(f'its {name(kind)} chunk is damaged, and dropped')
@@ -71,12 +75,26 @@ def is_plain(data: bytes) -> bool:
     return kind == b'IEND' and at <= len(data) and _is_possible(data[16:29], stored)
 
 
+def size_of(file: BinaryIO) -> tuple[int, int]:
+    """Height and width of a PNG file, as stored."""
+    file.seek(len(SIGNATURE))
+    header = file.read(16)
+    if header[4:8] != b'IHDR' or len(header) < 16:
+        raise UserError('damaged: it has no header.')
+    width, height = struct.unpack('>II', header[8:])
+    if not (width and height):
+        raise UserError(f'damaged: {width} x {height} pixels.')
+    return height, width
+
+
 def exif_of(file: BinaryIO) -> bytes:
     """EXIF of a PNG file, empty where it has none; reads no pixels."""
     for kind, at, length in headers(file):
         if kind == b'eXIf':
             file.seek(at)
-            return file.read(length)
+            content, checksum = file.read(length), file.read(4)
+            if struct.pack('>I', zlib.crc32(kind + content)) == checksum:
+                return content
     return b''
 
 
@@ -97,9 +115,12 @@ def decode_pixels(found: list[Chunk]) -> np.ndarray:
         plain = write_chunks(c for c in found if c[0] in (*_DECODED, b'tRNS'))
     else:
         plain = write_chunks(c for c in found if c[0] in _DECODED)
+    if colour_type == 3 and b'PLTE' not in kinds:
+        raise UserError('damaged: it has no palette (PLTE).')
     with Image.open(io.BytesIO(plain), formats=['PNG']) as image:
         image.load()  # all of it, also where OpenCV decodes again: OpenCV accepts truncated files
         if colour_type == 3:
+            _check_palette(dict(found).get(b'PLTE', b''), np.array(image))
             pixels = np.array(image.convert('RGBA' if image.has_transparency_data else 'RGB'))
         elif bits < 16:
             pixels = np.array(image.convert('L') if image.mode == '1' else image)
@@ -110,6 +131,17 @@ def decode_pixels(found: list[Chunk]) -> np.ndarray:
         return pixels
     alpha = _opaque(pixels, keys, bits, colour_type)
     return np.concatenate([pixels.reshape(height, width, -1), alpha[..., None]], axis=2)
+
+
+def first_of(found: list[Chunk], kind: bytes) -> bytes:
+    """The content of the first chunk of a kind; empty where there is none."""
+    return next((content for other, content in found if other == kind), b'')
+
+
+def dropped(found: list[Chunk]) -> list[str]:
+    """Names of chunks that describe the picture, and are not taken along."""
+    known = (*_DECODED, *COLOUR, *TEXT, b'tRNS', b'iCCP', b'pHYs', b'eXIf')
+    return [name(kind) for kind in dict.fromkeys(kind for kind, _ in found) if kind not in known]
 
 
 def profile_of(found: list[Chunk], notes: list[str]) -> bytes | None:
@@ -187,6 +219,11 @@ def _inflated(content: bytes) -> bytes | None:
 def name(kind: bytes) -> str:
     """A chunk's name for messages."""
     return kind.decode('latin-1')
+
+
+def _check_palette(palette: bytes, indices: np.ndarray) -> None:
+    if not palette or len(palette) % 3 or indices.max() >= len(palette) // 3:
+        raise UserError(f'damaged: its palette (PLTE) of {len(palette)} bytes lacks colours that it uses.')
 
 
 def _decode16(data: bytes, colour_type: int) -> np.ndarray:

@@ -18,10 +18,13 @@ _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _COLOURS = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _PALETTE: 1, _CMYK: 4, _YCBCR: 3}
 _NONE, _ZLIB, _FAX, _JPEG = 1, (8, 32946), (2, 3, 4), (7,)  # of Compression; JPEG gives RGB for YCbCr
 _OF_BYTES = (5, 32773, 34925, 50000)  # LZW, PackBits, LZMA, Zstandard
+_PREDICTABLE = (5, 8, 32946, 34925, 50000)
 _DIFFERENCES = 2  # of Predictor
 _PREDICTED = {(1, 1), (1, 2), (1, 4), (1, 8), (1, 16), (_DIFFERENCES, 8), (_DIFFERENCES, 16)}
 _OF_CODECS = (292, 347)  # T4Options, JPEGTables
 _STRIPS = 273
+_INK_SET = 332
+_OTHERS = {34665: 'Exif', 34853: 'GPS', 33723: 'IPTC', 34377: 'Photoshop', 33550: 'GeoTIFF'}
 _SEPARATE, _REVERSED = 2, 2  # of PlanarConfiguration and FillOrder
 _DEPTHS = {_WHITE_IS_ZERO: (1, 2, 4, 8, 16), _BLACK_IS_ZERO: (1, 2, 4, 8, 16), _PALETTE: (1, 2, 4, 8)}
 _FORMATS = {1: 'unsigned', 2: 'signed', 3: 'float', 5: 'complex', 6: 'complex'}  # of SampleFormat
@@ -58,12 +61,14 @@ class Tiff:
         finally:
             if not self._data:
                 tiff.close()
-        full = [page for page in pages if not page.subfiletype & _REDUCED] or pages
+        full = [page for page in pages if not page.subfiletype & _REDUCED]
+        full = full or [page for top in pages for page in top.pages or () if not page.subfiletype & _REDUCED] or pages
         if not full:
             raise UserError('damaged: it has no picture.')
         self._page: Any = full[0]
         if len(full) > 1:
-            self.notes.append(f'page {pages.index(full[0]) + 1} of {len(pages)} is taken alone')
+            number = pages.index(full[0]) + 1 if full[0] in pages else 1
+            self.notes.append(f'page {number} of {len(pages)} is taken alone')
         height, width = self._page.imagelength, self._page.imagewidth
         if not (isinstance(height, int) and isinstance(width, int) and min(height, width) > 0):
             raise UserError(f'damaged: {width} x {height} pixels.')
@@ -81,7 +86,7 @@ class Tiff:
         count = _COLOURS[photometric]
         colours, extra = samples[..., :count], samples[..., count:]
         if photometric == _PALETTE:
-            colours = (self._page.colormap[:, colours[..., 0]] >> 8).astype(np.uint8).transpose(1, 2, 0)
+            colours = self._palette()[colours[..., 0]]
         else:
             colours = _spread(colours, self._page.bitspersample)
         peak = np.iinfo(colours.dtype).max
@@ -99,6 +104,13 @@ class Tiff:
         pixels = colours if alpha is None else np.concatenate([colours, alpha], axis=2)
         return pixels[..., 0] if pixels.shape[2] == 1 else pixels
 
+    def _palette(self) -> np.ndarray:
+        """Colours ``(entries, 3)``; old programs wrote them with 8 bits."""
+        found = self._page.colormap
+        if found is None or found.shape != (3, 2**self._page.bitspersample):
+            raise UserError('damaged: its palette is absent, or of another length.')
+        return (found >> 8 if found.max() > 255 else found).astype(np.uint8).T
+
     @property
     def is_cmyk(self) -> bool:
         """Whether :meth:`pixels` are cyan, magenta, yellow and black."""
@@ -108,7 +120,13 @@ class Tiff:
     def texts(self) -> dict[int, bytes]:
         """What its tags say in words, as :func:`cea_arch.data.exif.descriptive` gives it."""
         found = {tag: self._bytes(tag).rstrip(b'\0') for tag in DESCRIPTIVE_TAGS if self._is_text(tag)}
-        return {tag: text for tag, text in found.items() if text}
+        # ImageJ's says how many pages there are, and would mislead readers of one
+        return {tag: text for tag, text in found.items() if text and not text.startswith(b'ImageJ=')}
+
+    @property
+    def others(self) -> list[str]:
+        """Names of further tags that describe the picture, and are not read."""
+        return [name for tag, name in _OTHERS.items() if tag in self._page.tags]
 
     @property
     def icc(self) -> bytes | None:
@@ -142,7 +160,9 @@ class Tiff:
         samples = page.samplesperpixel // planes
         high, wide = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, height), width)
         across, down = -(-width // wide), -(-height // high)
-        if min(len(page.dataoffsets), len(page.databytecounts)) < planes * down * across:
+        if len(page.databytecounts) < len(page.dataoffsets):
+            raise UserError('damaged: it does not say how long its strips are (StripByteCounts).')
+        if len(page.dataoffsets) < planes * down * across:
             raise UserError('damaged: image file is truncated.')
         out = np.empty((height, width, planes * samples), np.uint16 if page.bitspersample == 16 else np.uint8)
         for number in range(planes * down * across):
@@ -184,13 +204,15 @@ class Tiff:
             return (values @ (1 << np.arange(bits, dtype=np.uint8))[::-1]).reshape(rows, columns, samples)
         order = page.parent.byteorder
         values = packed.view(f'{order}u{bits // 8}').astype(f'u{bits // 8}').reshape(rows, columns, samples)
-        return np.add.accumulate(values, axis=1, dtype=values.dtype) if page.predictor == _DIFFERENCES else values
+        differences = page.predictor == _DIFFERENCES and page.compression in _PREDICTABLE  # elsewhere it means nothing
+        return np.add.accumulate(values, axis=1, dtype=values.dtype) if differences else values
 
     def _by_libtiff(self, stored: bytes, rows: int, columns: int, bits: int, samples: int) -> np.ndarray:
         """Samples of one strip or tile whose compression libtiff, which Pillow brings, can undo."""
         page = self._page
         compression = int(page.compression)
-        photometric = int(page.photometric) if compression in (*_JPEG, *_FAX) else _BLACK_IS_ZERO
+        # of JPEG in colour alone it matters to libtiff; Pillow would turn min-is-white, as pixels() does
+        photometric = int(page.photometric) if compression in _JPEG and samples > 1 else _BLACK_IS_ZERO
         tags = {256: [columns], 257: [rows], 258: [bits] * samples, 259: [compression], 262: [photometric]}
         tags |= {277: [samples], 278: [rows], 279: [len(stored)]}
         for tag in (found for found in _OF_CODECS if found in page.tags):
@@ -211,6 +233,10 @@ class Tiff:
             raise UserError(f'expected grey, RGB, palette or CMYK, found {kind} (PhotometricInterpretation).')
         if bits not in _DEPTHS.get(photometric, (8, 16)) or (photometric == _CMYK and bits == 16):
             raise UserError(f'{bits} bits of {getattr(photometric, "name", photometric)} are not supported.')
+        if photometric == _CMYK and page.tags.valueof(_INK_SET) not in (None, 1):
+            raise UserError('its inks are not cyan, magenta, yellow and black (InkSet).')
+        if not page.is_tiled and page.rowsperstrip < 1:
+            raise UserError('damaged: strips of no rows.')
         if page.samplesperpixel < _COLOURS[photometric]:
             raise UserError(f'damaged: {page.samplesperpixel} channels are too few for its colours.')
         known = (_NONE, *_ZLIB, *_JPEG, *_FAX, *_OF_BYTES)

@@ -66,7 +66,11 @@ def find_jobs(inputs: list[str], output: Path, recursive: bool, naming: Naming =
     plan = Plan([], [])
     for text in inputs:
         text = os.path.expanduser(text)  # noqa: PTH111  patterns are no paths
-        matches = [text] if Path(text).exists() else sorted(glob.glob(text))  # noqa: PTH207  Path's takes no absolute
+        try:
+            matches = [text] if Path(text).exists() else sorted(glob.glob(text))  # noqa: PTH207  Path's takes no absolute
+        except OSError as error:
+            plan.failures.append(f'{text}: {error.strerror}.')
+            continue
         if not matches:
             plan.failures.append(f'{text} does not exist.')
         for path in map(Path, matches):
@@ -92,12 +96,17 @@ def _in_folder(folder: Path, output: Path, recursive: bool, naming: Naming, plan
     """Picture files in ``folder``, each with its path relative to it; not those that are results."""
     real = output.resolve()
     inside = folder.resolve() != real
-    paths = [p for p in walk_images(folder, recursive) if not (inside and p.parent.resolve().is_relative_to(real))]
+    closed: list[Path] = []
+    paths = [
+        p for p in walk_images(folder, recursive, closed) if not (inside and p.parent.resolve().is_relative_to(real))
+    ]
+    plan.failures += [f'{path} cannot be read: no permission, or a link to nowhere.' for path in closed]
     relative = {path: path.relative_to(folder) for path in paths}
     results = set()
     for path, below in relative.items():
         job = naming.job(path, output / below)
-        results |= {place.resolve() for place in (job.target, *map(job.extra, EXTRAS))} - {path.resolve()}
+        places = [job.target] * bool(naming.suffix) + [job.extra(word) for word in EXTRAS]
+        results |= {place.resolve() for place in places} - {path.resolve()}
     own = [(path, below) for path, below in relative.items() if path.resolve() not in results]
     plan.passed_over += len(relative) - len(own)
     return own

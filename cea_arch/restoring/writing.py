@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from cea_arch.data import jpeg, png
-from cea_arch.data.exif import descriptive
+from cea_arch.data.exif import count_of, descriptive
 from cea_arch.data.pictures import Picture, as_rgb
 from cea_arch.errors import UserError
 from cea_arch.files import refuse_to_replace, written_beside
@@ -73,6 +73,11 @@ def _without_what_it_cannot_hold(picture: Picture) -> tuple[Picture, list[str]]:
     if len(kept) < len(picture.own):
         lost += dict.fromkeys(kind.decode() if len(kind) == 4 else 'comment or IPTC' for kind, _ in picture.own)
     picture = replace(picture, own=kept, **{name: None for name in _WORDS if name not in _HOLDS[picture.format]})
+    if picture.format == 'TIFF' and picture.exif and len(descriptive(picture.exif)) < count_of(picture.exif):
+        lost.append('EXIF but for its texts')
+    if picture.format == 'BMP' and picture.pixels.ndim == 3 and picture.pixels.shape[2] in (2, 4):
+        picture = replace(picture, pixels=picture.pixels[..., :-1].squeeze())
+        lost.append('transparency')
     for name in ('exif', 'xmp') * (picture.format == 'JPEG'):
         if len(getattr(picture, name) or b'') > _MOST_SEGMENT - 40:
             lost.append(f'{_WORDS[name]} of more than 65,000 bytes')
@@ -86,6 +91,8 @@ def _encode(picture: Picture) -> bytes:
     if picture.format == 'PNG':
         return _encode_png(picture)
     options = dict(SETTINGS.get(picture.format, {}))
+    if picture.format == 'WEBP' and picture.lossless:
+        options |= {'lossless': True, 'quality': 80}
     if picture.exif:
         options['exif'] = jpeg.EXIF + picture.exif
     if picture.icc:

@@ -204,6 +204,58 @@ def test_one_rule_of_orientation_for_list_training_and_restoring(tmp_path, numbe
     assert image_size(path, 'it') == image_size(data, 'it') == picture.shape[:2]
 
 
+@pytest.mark.parametrize('options', [{}, {'subsampling': 0}, {'restart_marker_blocks': 2}], ids=str)
+def test_jpegs_that_lack_pixels_but_not_their_end(photograph, options):
+    stream = io.BytesIO()
+    Image.fromarray(photograph[:64, :96]).save(stream, 'JPEG', quality=90, **options)
+    data = stream.getvalue()
+    assert decode_picture(data, 'it').pixels.shape == (64, 96, 3)
+    for kept in (len(data) // 2, len(data) - 40):
+        with pytest.raises(UserError, match='it: damaged: pixels are missing at its end'):
+            decode_picture(data[:kept] + b'\xff\xd9', 'it')
+
+
+@pytest.mark.parametrize('palette', [b'', bytes(5), bytes(6)])
+def test_pngs_whose_palette_lacks_colours(palette):
+    data = png(samples(1, np.uint16) >> 14, 2, 3, [(b'PLTE', palette)])
+    with pytest.raises(UserError, match='it: damaged: its palette'):
+        decode_picture(data, 'it')
+
+
+def test_xmp_says_what_it_said_unless_exif_had_the_pixels_turned(tmp_path):
+    xmp = b'<x:xmpmeta><tiff:Orientation>6</tiff:Orientation></x:xmpmeta>'
+    turned = exif_block([(274, 3, 1, struct.pack('<I', 6))])
+    for name, text, block, kept in (
+        ('alone', xmp, b'', xmp),
+        ('both', xmp, turned, xmp.replace(b'>6<', b'>1<')),
+        ('wide', xmp.decode().encode('utf-16'), turned, None),
+    ):
+        stream = io.BytesIO()
+        Image.fromarray(samples(3, np.uint8)).save(stream, 'JPEG', xmp=text, exif=b'Exif\0\0' + block if block else b'')
+        picture = decode_picture(stream.getvalue(), 'it')
+        assert (name, picture.xmp) == (name, kept)
+        assert picture.pixels.shape[:2] == (SIZE[::-1] if block else SIZE)
+
+
+def test_a_wrong_checksum_of_a_side_chunk_and_a_short_cicp(tmp_path):
+    data = png(samples(3, np.uint8), 8, 2, [(b'cICP', b'\1'), (b'sBIT', b'\5\6\5'), (b'tEXt', b'a\0b')])
+    data = data.replace(b'a\0b', b'a\0c')
+    picture = decode_picture(data, 'it')
+    assert picture.notes == [
+        'its cICP chunk is damaged, and dropped',
+        'its tEXt chunk is damaged, and dropped',
+        'its sBIT chunk is dropped',
+    ]
+    (tmp_path / 'a.png').write_bytes(data)
+    assert image_size(tmp_path / 'a.png', 'it') == SIZE
+
+
+def test_a_lossless_webp_stays_so(tmp_path):
+    Image.fromarray(samples(3, np.uint8)).save(tmp_path / 'a.webp', lossless=True)
+    write_picture(tmp_path / 'b.webp', read_picture(tmp_path / 'a.webp'))
+    assert same(read_picture(tmp_path / 'b.webp').pixels, samples(3, np.uint8))
+
+
 @pytest.mark.parametrize('kind', ['PNG', 'JPEG', 'BMP', 'WEBP'])
 @pytest.mark.parametrize('mode', ['L', 'RGB'])
 def test_what_opencv_decodes_for_training_is_what_restoring_reads(photograph, kind, mode):

@@ -95,6 +95,69 @@ def test_tiffs_as_pillow_reads_them(mode, compression):
         assert same(decode_picture(stream.getvalue(), 'it').pixels, wanted)
 
 
+@pytest.mark.parametrize('compression', ['group3', 'group4', 'tiff_ccitt', 'tiff_lzw'])
+def test_faxes_that_are_white_on_zero(compression):
+    image = np.full(SIZE, 255, np.uint8)
+    image[4:9, 10:30] = 0
+    stream = io.BytesIO()
+    Image.fromarray(image).convert('1').save(stream, 'TIFF', compression=compression, tiffinfo={262: 0})
+    assert same(decode_picture(stream.getvalue(), 'it').pixels, image)
+
+
+def test_jpegs_in_tiffs_that_are_white_on_zero_or_planar():
+    pytest.importorskip('imagecodecs', reason='JPEG in a TIFF is written by it')
+    grey, colour = samples(1, np.uint8)[..., 0], samples(3, np.uint8)
+    data = tiff(255 - grey, photometric='miniswhite', compression='jpeg', compressionargs={'level': 100})
+    assert np.abs(decode_picture(data, 'it').pixels.astype(int) - grey).max() <= 2
+    planar = np.ascontiguousarray(np.moveaxis(colour, -1, 0))
+    data = tiff(planar, photometric='rgb', planarconfig='separate', compression='jpeg', compressionargs={'level': 100})
+    assert np.abs(decode_picture(data, 'it').pixels.astype(int) - colour).max() <= 2
+
+
+@pytest.mark.parametrize('shift', [0, 8])
+def test_palettes_of_8_and_of_16_bits(shift):
+    colours = np.random.default_rng(0).integers(0, 256, (3, 256), np.uint16)
+    indices = samples(1, np.uint8)[..., 0]
+    data = tiff(indices, photometric='palette', colormap=colours << shift)
+    assert same(decode_picture(data, 'it').pixels, colours.T[indices].astype(np.uint8))
+
+
+def with_tag(data, tag, value):
+    """The file with another number in a tag that it has."""
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        found = file.pages[0].tags[tag]
+    changed = bytearray(data)
+    struct.pack_into('<H' if found.dtype == 3 else '<I', changed, found.valueoffset, value)
+    return bytes(changed)
+
+
+def test_a_predictor_without_a_compression_that_knows_it_means_nothing():
+    pixels = samples(3, np.uint8)
+    tags = [(317, 'H', 1, 2, True)]
+    for compression in (None, 'packbits'):
+        data = tiff(pixels, photometric='rgb', compression=compression, extratags=tags)
+        assert same(decode_picture(data, 'it').pixels, pixels)
+
+
+def test_the_full_picture_behind_a_preview():
+    stream, full = io.BytesIO(), samples(3, np.uint8)
+    with tifffile.TiffWriter(stream) as writer:
+        writer.write(full[::2, ::2], photometric='rgb', subfiletype=1, subifds=1, metadata=None)
+        writer.write(full, photometric='rgb', metadata=None)
+    assert same(decode_picture(stream.getvalue(), 'it').pixels, full)
+
+
+def test_what_else_is_refused_says_why():
+    plain = tiff(samples(3, np.uint8), photometric='rgb')
+    ink = tiff(samples(4, np.uint8), photometric='separated', extratags=[(332, 'H', 1, 2, True)])
+    for data, message in (
+        (with_tag(plain, 278, 0), 'damaged: strips of no rows'),
+        (ink, 'its inks are not cyan, magenta, yellow and black'),
+    ):
+        with pytest.raises(UserError, match=f'^it: {message}'):
+            decode_picture(data, 'it')
+
+
 @pytest.mark.parametrize(
     ('pixels', 'options', 'message'),
     [

@@ -145,6 +145,35 @@ def test_comparisons_of_pictures_that_differ_in_their_extension_alone(model, tmp
     assert 'b_compare.png is written already, for' in capsys.readouterr().err
 
 
+def test_an_original_of_another_format_is_no_result(model, tmp_path, capsys):
+    for name in ('a.png', 'a.jpg'):
+        picture(tmp_path / name)
+    before = (tmp_path / 'a.png').read_bytes()
+    assert run(model, tmp_path, '-o', tmp_path, '--ext', 'png') == 1
+    assert 'passed over' not in capsys.readouterr().out
+    assert (tmp_path / 'a.png').read_bytes() == before
+
+
+def test_what_cannot_be_looked_at_ends_nothing(model, tmp_path, capsys):
+    picture(tmp_path / 'in/a.png')
+    (tmp_path / 'in/lost.png').symlink_to(tmp_path / 'nowhere.png')
+    words = [tmp_path / 'in/a.png', tmp_path / ('z' * 300 + '.png'), tmp_path / 'in']
+    assert run(model, *words, '-r', '-o', tmp_path / 'out') == 1
+    said = capsys.readouterr().err
+    assert 'z.png: File name too long.' in said
+    assert f'{tmp_path}/in/lost.png cannot be read: no permission, or a link to nowhere.' in said
+    assert names(tmp_path / 'out') == ['a.png']
+
+
+def test_names_that_the_terminal_cannot_show(model, tmp_path):
+    picture(tmp_path / '照.png')
+    command = [sys.executable, '-m', 'cea_arch.cli', 'restore', str(tmp_path / '照.png'), '--list', '-o', str(tmp_path)]
+    environment = os.environ | {'PYTHONIOENCODING': 'ascii:strict'}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=100, check=False)
+    assert done.returncode == 1
+    assert '\\u7167.png exists; --overwrite replaces it.' in done.stderr
+
+
 def test_a_tilde_that_the_shell_leaves(model, tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     monkeypatch.chdir(tmp_path)

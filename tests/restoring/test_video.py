@@ -1,5 +1,6 @@
 """`cea restore` of clips."""
 
+import struct
 import warnings
 from fractions import Fraction
 
@@ -149,8 +150,74 @@ def test_pixel_formats_of_clips(tmp_path, photograph, kind):
     assert np.abs(after - before).mean() < 4
     assert np.abs((after - before).mean(axis=(0, 1, 2))).max() < 2  # reading rounds down
     with av.open(str(target)) as clip:
-        assert clip.streams.video[0].format.name == {'yuv420p10le': 'yuv420p10le'}.get(kind, 'yuv420p')
+        assert clip.streams.video[0].format.name == ('yuv420p' if kind == 'gbrp' else kind)
     assert said[2] == (1 if kind == 'gbrp' else 2)  # BT.709, and unspecified
+
+
+MATRICES = {
+    'as it is': (1, 0, 0, 1),
+    'mirrored': (-1, 0, 0, 1),
+    'upside down and mirrored': (1, 0, 0, -1),
+    '90': (0, 1, -1, 0),
+    '180': (-1, 0, 0, -1),
+    '270': (0, -1, 1, 0),
+    'transposed': (0, 1, 1, 0),
+    'other diagonal': (0, -1, -1, 0),
+}
+
+
+def with_matrix(path, matrix):
+    """The MP4 with another display matrix in its track's header."""
+    data = bytearray(path.read_bytes())
+    at = data.index(b'tkhd') + 44
+    a, b, c, d = (round(value * 2**16) for value in matrix)
+    data[at : at + 36] = struct.pack('>9i', a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize('matrix', MATRICES.values(), ids=MATRICES)
+def test_clips_are_turned_and_mirrored_as_players_do(tmp_path, photograph, matrix):
+    before = write_clip(tmp_path / 'a.mp4', sound=False, photograph=photograph)[0]
+    with_matrix(tmp_path / 'a.mp4', matrix)
+    restore_clip(tmp_path / 'a.mp4', tmp_path / 'b.mp4', Restorer(nn.Identity(), 'cpu'))
+    after = read_clip(tmp_path / 'b.mp4')[0][0]
+    a, b, c, d = matrix
+    rows, columns = np.mgrid[: before.shape[0], : before.shape[1]]
+    x, y = a * columns + c * rows, b * columns + d * rows  # where a player shows each pixel
+    shown = np.zeros((np.ptp(y) + 1, np.ptp(x) + 1, 3), int)
+    shown[y - y.min(), x - x.min()] = before
+    assert after.shape == shown.shape
+    assert np.abs(after - shown).mean() < 4
+    with_matrix(tmp_path / 'a.mp4', (0.7071, 0.7071, -0.7071, 0.7071))
+    with pytest.raises(UserError, match='an angle that is none of 90 degrees'):
+        restore_clip(tmp_path / 'a.mp4', tmp_path / 'c.mp4', Restorer(nn.Identity(), 'cpu'))
+
+
+@pytest.mark.parametrize('suffix', ['.mp4', '.mkv'])
+def test_damaged_clips_are_refused(tmp_path, photograph, suffix):
+    source = tmp_path / f'a{suffix}'
+    write_clip(source, sound=False, photograph=photograph)
+    with av.open(str(source)) as clip:
+        packets = [packet for packet in clip.demux(video=0) if packet.size]
+        content = bytes(packets[0])
+    data = source.read_bytes()
+    at = data.index(content) + len(content) // 2
+    source.write_bytes(data[:at] + bytes(255 - value for value in data[at : at + 20]) + data[at + 20 :])
+    with pytest.raises(UserError, match=r'damaged: of 6 frames [1-6] are broken and 0 are missing'):
+        restore_clip(source, tmp_path / f'b{suffix}', Restorer(nn.Identity(), 'cpu'))
+    assert not (tmp_path / f'b{suffix}').exists()
+
+
+def test_a_clip_cut_in_two_is_refused(tmp_path, photograph):
+    source = tmp_path / '12:30.mkv'
+    write_odd_clip(source, photograph)
+    restore_clip(source, tmp_path / 'b.mkv', Restorer(nn.Identity(), 'cpu'))
+    with av.open(str(source)) as clip:
+        second = bytes([packet for packet in clip.demux(video=0) if packet.size][1])
+    data = source.read_bytes()
+    source.write_bytes(data[: data.index(second) + len(second)])
+    with pytest.raises(UserError, match=r'damaged: of [67] frames 0 are broken and [345] are missing'):
+        restore_clip(source, tmp_path / 'c.mkv', Restorer(nn.Identity(), 'cpu'))
 
 
 def test_what_a_clip_loses_is_said(tmp_path, photograph):
