@@ -57,7 +57,9 @@ def write_lmdb(images: Iterable[tuple[str, bytes]], destination: str | Path, ove
             lines, kept = _store(images, environment, destination)
             _drop_others(environment, set(lines), destination)
     except lmdb.Error as error:  # a full disk, a limit on the size of files, a file system without locks
-        raise UserError(f'{aside}: {str(error).rpartition(": ")[2]} ({error}).') from error
+        raise UserError(
+            f'{aside} cannot be written: {str(error).rpartition(": ")[2]}. What it holds is kept.'
+        ) from error
     if not lines:
         shutil.rmtree(aside)
         raise UserError(f'no images to write to {destination}.')

@@ -251,7 +251,7 @@ def test_a_full_disk_is_a_sentence_and_the_next_run_goes_on(plant, tmp_path, mon
     monkeypatch.setattr(lmdb_writer, '_put', full)
     assert run('AIO-3', tmp_path, '--allow-partial') == 2
     said = capsys.readouterr().err
-    assert 'bsd400_wed.lmdb.tmp: No space left on device' in said
+    assert 'bsd400_wed.lmdb.tmp cannot be written: No space left on device. What it holds is kept.' in said
     assert 'Traceback' not in said
     monkeypatch.setattr(lmdb_writer, '_put', put)
     assert run('AIO-3', tmp_path, '--allow-partial') == 0
