@@ -241,9 +241,8 @@ def _doubt(checked: Checked, contents: dict[Path, Contents | None], trust: bool)
     wrong: dict[str, set] = {}
     whole = False
     for role in {gt_role, *checked.pairs}:
-        used = sorted(
-            {files[role][pair[role == gt_role]] for r in _pairs_of(checked, role) for pair in checked.pairs[r]}
-        )
+        names = (pair[role == gt_role] for other in _pairs_of(checked, role) for pair in checked.pairs[other])
+        used = sorted({files[role][name] for name in names})
         sentence, count, too_many = doubts_of_pictures(used, contents)
         said.append((sentence, count))
         bad |= too_many
@@ -255,8 +254,8 @@ def _doubt(checked: Checked, contents: dict[Path, Contents | None], trust: bool)
         if role == gt_role:
             continue
         pairs = [(files[role][lq], files[gt_role][gt]) for lq, gt in names]
-        sentence, odd, all_of_them = doubts_of_pairs(pairs, contents)
-        said.append((sentence, len(odd)))
+        sentence, count, odd, all_of_them = doubts_of_pairs(pairs, contents)
+        said.append((sentence, count))
         swapped = '' if all_of_them else doubts_of_direction(image_set.task or role, pairs, contents)
         scenes = doubts_of_scenes(image_set, checked.found.expected, pairs)
         said += [(swapped, len(pairs)), (scenes, len(pairs))]
@@ -272,9 +271,8 @@ def _doubt(checked: Checked, contents: dict[Path, Contents | None], trust: bool)
     _drop_files(checked, bad)
     for role, names in checked.pairs.items():
         odd = wrong.get(role, set())
-        checked.pairs[role] = (
-            [] if whole else [n for n in names if (files[role][n[0]], files[gt_role][n[1]]) not in odd]
-        )
+        good = [(lq, gt) for lq, gt in names if (files[role][lq], files[gt_role][gt]) not in odd]
+        checked.pairs[role] = [] if whole else good
 
 
 def _note_release(checked: Checked) -> None:

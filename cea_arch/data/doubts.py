@@ -49,11 +49,11 @@ def doubts_of_scenes(image_set: ImageSet, expected: int, pairs: Pairs) -> str:
     return f'{len(pairs):,} pairs of {found:,} scenes, where {image_set.scenes:,} scenes are expected: another set'
 
 
-def doubts_of_pairs(pairs: Pairs, contents: dict[Path, Contents]) -> tuple[str, set[tuple[Path, Path]], bool]:
+def doubts_of_pairs(pairs: Pairs, contents: dict[Path, Contents]) -> tuple[str, int, set[tuple[Path, Path]], bool]:
     """Pairs of which one side does not show what the other does, in a sentence.
 
     Returns:
-        The sentence; the pairs that are surely wrong, since the picture shows what another ground truth does; whether
+        The sentence; of how many pairs it speaks; those that are surely wrong, since the picture shows what another ground truth does; whether
         that is so of so many that all of the set are in doubt.
     """
     values = {pair: likeness(contents[pair[0]], contents[pair[1]]) for pair in pairs}
@@ -65,7 +65,7 @@ def doubts_of_pairs(pairs: Pairs, contents: dict[Path, Contents]) -> tuple[str, 
     told = [f'{lq} does not show what {gt} does, but {better[lq, gt]} does' for lq, gt in sorted(sure)]
     told += [f'{lq} does not show what {gt} does' for lq, gt in odd if (lq, gt) not in sure]
     all_of_them = len(odd) > max(MOST_ODD * len(pairs), 2) and 2 * len(sure) > len(tried)
-    return _examples(told), sure, all_of_them
+    return _examples(told), len(odd), sure, all_of_them
 
 
 def doubts_of_direction(task: str, pairs: Pairs, contents: dict[Path, Contents]) -> str:

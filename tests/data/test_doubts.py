@@ -103,6 +103,19 @@ def test_one_wrong_pair_is_named_and_left_out(pairs_of, tmp_path):
     assert 'high/5.png does' in found.faults['doubtful'][0]
 
 
+def test_pairs_of_which_no_picture_shows_the_other_are_a_fault_but_kept(pairs_of, tmp_path, photographs_of_scenes):
+    pairs_of('LOL-v1')
+    for number, image in enumerate(photographs_of_scenes):
+        path = tmp_path / f'raw/LOL/eval15/low/{number + 1}.png'
+        cv2.imwrite(str(path), np.random.default_rng(number).integers(0, 40, image.shape).astype(np.uint8))
+    found = checked(tmp_path, 'LOL-v1')
+    assert found.counts['doubtful'] == COUNT
+    assert 'low/1.png does not show what' in found.faults['doubtful'][0]
+    assert ', but ' not in found.faults['doubtful'][0]
+    assert found.verdict() == 'incomplete'
+    assert len(found.pairs['lq']) == COUNT  # written on demand, --allow-partial
+
+
 def test_sots_indoor_is_not_outdoor(plant, tmp_path):
     for scene in (1400, 1401, 1402):
         plant(f'test/dehaze/target/{scene}.png', str(scene), size=(40, 50))
