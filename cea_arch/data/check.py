@@ -169,6 +169,8 @@ def _pair_role(checked: Checked, role: str, contents: dict[Path, Contents | None
         absent, other = (role, gt_files) if gt_files else (gt_role, lq_files)
         return _blame(checked, 'unmatched', len(other), f'no images of {absent} found')
     matching = match_keys(lq_files, gt_files)
+    if matching.conflict:
+        return _blame(checked, 'unmatched', len(matching.pairs), matching.conflict)
     # where one ground truth has many versions, more ground truths than versions do no harm
     unused = [] if checked.found.image_set.shares_gt and not matching.lonely else matching.unused
     sides = (role, matching.lonely, gt_files), (gt_role, unused, lq_files)

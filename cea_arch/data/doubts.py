@@ -53,8 +53,8 @@ def doubts_of_pairs(pairs: Pairs, contents: dict[Path, Contents]) -> tuple[str, 
     """Pairs of which one side does not show what the other does, in a sentence.
 
     Returns:
-        The sentence; of how many pairs it speaks; those that are surely wrong, since the picture shows what another ground truth does; whether
-        that is so of so many that all of the set are in doubt.
+        The sentence; of how many pairs it speaks; those that are surely wrong, since the picture shows what another
+        ground truth does; whether that is so of so many that all of the set are in doubt.
     """
     values = {pair: likeness(contents[pair[0]], contents[pair[1]]) for pair in pairs}
     odd = [pair for pair in pairs if values[pair] < UNLIKE]

@@ -21,11 +21,13 @@ class Matching:
         pairs: ``(lq, gt)`` for every degraded image that has a ground truth, in order of ``lq``.
         lonely: Degraded images without a ground truth, in order.
         unused: Ground truths without a degraded image, in order.
+        conflict: Where another rule leaves as few images alone and pairs them otherwise, what both say of one image.
     """
 
     pairs: list[tuple[str, str]]
     lonely: list[str]
     unused: list[str]
+    conflict: str = ''
 
 
 def match_keys(lq_keys: Iterable[str], gt_keys: Iterable[str]) -> Matching:
@@ -47,22 +49,33 @@ def match_keys(lq_keys: Iterable[str], gt_keys: Iterable[str]) -> Matching:
         sorted((lq_composed[lq], gt_composed[gt]) for lq, gt in found.pairs),
         sorted(lq_composed[lq] for lq in found.lonely),
         sorted(gt_composed[gt] for gt in found.unused),
+        found.conflict,
     )
 
 
 def _match(lq_keys: list[str], gt_keys: list[str]) -> Matching:
-    best = None
+    best, alone = Matching([], lq_keys, gt_keys), len(lq_keys) + len(gt_keys)
     for scope in (str, _file_name):
         for rule in (_by_name, _by_first_part, _by_first_numbers, _by_last_numbers):
             pairs = rule(lq_keys, gt_keys, scope)
             paired, used = {lq for lq, _ in pairs}, {gt for _, gt in pairs}
-            alone = len(lq_keys) - len(paired) + len(gt_keys) - len(used)
-            if best is None or alone < best[0]:
+            left = len(lq_keys) - len(paired) + len(gt_keys) - len(used)
+            if pairs and left < alone:
                 lonely = [key for key in lq_keys if key not in paired]
-                best = (alone, Matching(pairs, lonely, [key for key in gt_keys if key not in used]))
-        if best[1].pairs:
+                best, alone = Matching(pairs, lonely, [key for key in gt_keys if key not in used]), left
+            elif pairs and left == alone and rule is not _by_name:
+                best.conflict = best.conflict or _difference(best.pairs, pairs)
+        if best.pairs:
             break
-    return best[1]
+    if all(scope(lq) == scope(gt) for lq, gt in best.pairs):
+        best.conflict = ''  # the same names are beyond doubt
+    return best
+
+
+def _difference(one: list[tuple[str, str]], other: list[tuple[str, str]]) -> str:
+    others = dict(other)
+    lq, gt = next(((lq, gt) for lq, gt in one if others.get(lq, gt) != gt), ('', ''))
+    return f'{lq!r} may belong to {gt!r}, or to {others[lq]!r}' if lq else ''
 
 
 def pair_keys(lq_keys: Iterable[str], gt_keys: Iterable[str], label: str) -> list[tuple[str, str]]:
@@ -73,10 +86,13 @@ def pair_keys(lq_keys: Iterable[str], gt_keys: Iterable[str], label: str) -> lis
         label: The data set's option, for the message.
 
     Raises:
-        UserError: An image of either side has no partner; names the first five and the nearest name of each.
+        UserError: An image of either side has no partner; names the first five and the nearest name of each. Or two
+            rules pair otherwise.
     """
     lq_keys, gt_keys = list(lq_keys), list(gt_keys)
     found = match_keys(lq_keys, gt_keys)
+    if found.conflict:
+        raise UserError(f'{label}: {found.conflict}: name the images so that one rule tells which.')
     if found.lonely or found.unused:
         sides = ('degraded', found.lonely, gt_keys), ('ground truth', found.unused, lq_keys)
         lines = [f'{len(keys)} {side}: {describe(keys, others)}.' for side, keys, others in sides if keys]

@@ -20,7 +20,7 @@ from cea_arch.data.benchmarks import stored_in
 from cea_arch.metrics.protocols import PROTOCOLS
 from cea_arch.models.cea_model import CEAModel
 from cea_arch.networks.with_cea import WithCEA
-from cea_arch.training.loaders import training_loader
+from cea_arch.training.loaders import let_go, training_loader
 from cea_arch.training.options import Parts, check_options, read_options
 from cea_arch.training.pipeline import parsed_options
 
@@ -70,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
     if is_train and args.steps > 0:
         one = several | {'dist': False, 'train': several['train'] | {'total_batch_size': None}}  # of the processes
         one['num_gpu'] = min(parsed['num_gpu'], 1) if args.processes > 1 else parsed['num_gpu']
-        _say_steps(take_steps(one, args.steps), one)
+        with let_go():
+            steps = take_steps(one, args.steps)
+        _say_steps(steps, one)
     return 0
 
 
@@ -88,7 +90,8 @@ def take_steps(opt: dict[str, Any], count: int) -> Steps:
             start = time.perf_counter()
             batch = next(batches)
             waits.append(time.perf_counter() - start)
-            model.update_learning_rate(iteration, warmup_iter=opt['train'].get('warmup_iter', -1))
+            if iteration <= opt['train']['total_iter']:  # where the schedule ends
+                model.update_learning_rate(iteration, warmup_iter=opt['train'].get('warmup_iter', -1))
             model.feed_data(batch)
             model.optimize_parameters(iteration)
             if model.device.type == 'cuda':

@@ -3,7 +3,9 @@
 import importlib
 import logging
 import math
+import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +32,19 @@ class ReplaySampler(EnlargedSampler):
         for position, index in enumerate(super().__iter__()):
             if position >= passed:
                 yield index, self.epoch * self.total_size + position * self.num_replicas + self.rank
+
+
+@contextmanager
+def let_go() -> Iterator[None]:
+    """Let an error end the process, too.
+
+    Workers ignore signals: while a frame of the traceback holds their loader, Python waits for them for ever.
+    """
+    try:
+        yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 def training_loader(opt: dict[str, Any]) -> DataLoader:

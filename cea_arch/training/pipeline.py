@@ -13,7 +13,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -38,7 +37,7 @@ from cea_arch.models.resuming import take_up
 from cea_arch.models.training_step import TrainingStopped
 from cea_arch.restoring.tiling import keep_freed_memory
 from cea_arch.training.curves import ProgressLogger, open_tensorboard, start_wandb, write_curves
-from cea_arch.training.loaders import ReplaySampler, exact_loaders
+from cea_arch.training.loaders import ReplaySampler, exact_loaders, let_go
 from cea_arch.training.option_files import Options, write_options
 from cea_arch.training.options import check_options, read_options
 from cea_arch.training.resume import agreed_state
@@ -100,12 +99,8 @@ def _run_pipeline(module: ModuleType, args: Namespace, opt: Options, file: Path,
     keep_freed_memory()
     stops = args.command == 'train' and opt['model_type'] == 'CEAModel' and current_thread() is main_thread()
     with replaced(changes), _own_log(), _stopping_on_signals() if stops else nullcontext():
-        try:
+        with let_go():
             getattr(module, f'{args.command}_pipeline')(str(Path(args.root).absolute()))
-        except Exception as error:
-            # workers ignore signals: while a frame of the traceback holds their loader, Python waits for them for ever
-            traceback.clear_frames(error.__traceback__)
-            raise
         if args.command == 'train' and not args.debug:
             write_curves(args.root, opt['name'])
 

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import os
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -40,8 +41,30 @@ def rehearse(opt: dict[str, Any], network: nn.Module) -> None:
     for name in [opt['val']['maps']] if opt['val'].get('maps') is True else opt['val'].get('maps') or []:
         _try('val.maps', RoutingMaps, network, None if name is True else name)
     if opt['is_train']:
+        _rehearse_patch(opt, network)
         _rehearse_training(opt['train'], network)
         _check_wandb(opt)
+
+
+@torch.no_grad()
+def _rehearse_patch(opt: dict[str, Any], network: nn.Module) -> None:
+    """See that the network takes degraded patches of the training's size, and makes clean ones of them."""
+    options = opt['datasets']['train']
+    scales = [source.get('scale', 1) for source in options.get('sources', {}).values()] or [opt.get('scale', 1)]
+    size = options.get('gt_size')
+    if not size:
+        return
+    for scale in sorted(set(scales)):
+        small = size // scale
+        doing = f'of patches of {small} x {small} pixels'
+        found = _try('network_g', network.eval(), torch.zeros(1, 3, small, small), doing=doing)
+        if isinstance(found, torch.Tensor) and found.shape[-2:] != (size, size):
+            high, wide = found.shape[-2:]
+            raise UserError(
+                f'network_g makes {wide} x {high} pixels {doing}, but clean ones have {size} x {size} '
+                '(datasets.train.gt_size).',
+                'network_g',
+            )
 
 
 def _rehearse_training(train: dict[str, Any], network: nn.Module) -> None:
@@ -82,11 +105,13 @@ def _check_wandb(opt: dict[str, Any]) -> None:
     raise UserError('logger.wandb: no one is logged in. Run `wandb login`, or set WANDB_MODE=offline.', 'logger.wandb')
 
 
-def _try(label: str, call: Any, *arguments: Any) -> None:
+def _try(label: str, call: Callable, *arguments: Any, doing: str = '') -> Any:
     try:
-        call(*arguments)
+        return call(*arguments)
     except UserError:
         raise
     except Exception as error:  # of any library
         text = str(error).strip().splitlines() or ['']
-        raise UserError(f'{label} cannot be used: {type(error).__name__}: {text[0]}', label) from error
+        raise UserError(
+            f'{label} cannot be used{" " * bool(doing)}{doing}: {type(error).__name__}: {text[0]}', label
+        ) from error

@@ -226,6 +226,15 @@ def test_one_scene_has_one_target(lq, gt, pairs):
             pair_keys(lq, gt, 'mine')
 
 
+def test_two_rules_that_differ_are_refused_and_both_shown():
+    assert match_keys(['1_x2', '2_x1'], ['1', '2']).pairs == [('1_x2', '1'), ('2_x1', '2')]
+    assert match_keys(['a_1', 'b_1'], ['a_1', 'b_1']).conflict == ''
+    lq, gt = ['7_3'], ['7', '3']
+    assert match_keys(lq, gt).conflict == "'7_3' may belong to '7', or to '3'"
+    with pytest.raises(UserError, match="mine: '7_3' may belong to '7', or to '3': name the images so"):
+        pair_keys(lq, gt, 'mine')
+
+
 def images(count=4):
     return [(f'{n}', cv2.imencode('.png', np.full((8, 9, 3), n, np.uint8))[1].tobytes()) for n in range(count)]
 

@@ -1,8 +1,12 @@
 """``cea check`` says what a run would be, takes real steps and writes nothing; ``cea schema`` knows the same rules."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
+import lmdb
 import pytest
 import torch
 import yaml
@@ -11,6 +15,7 @@ from cea_arch.cli import main
 from cea_arch.models.cea_model import CEAModel
 from cea_arch.training.check import _bytes, _duration, take_steps
 from cea_arch.training.option_files import OptionLoader
+from tests.conftest import ROOT
 from tests.training.test_option_mistakes import FILE, MISTAKES
 from tests.training.test_options import FILES
 
@@ -233,3 +238,52 @@ def test_absent_lmdbs_name_the_command_that_makes_them_and_counts_are_compared(w
     code, _, said = check(opt, '--steps', '0')
     assert code == 0
     assert 'datasets/aio/train/bsd400_wed.lmdb holds 8 images; as published there are 5,144' in said.out
+
+
+SWINIR = {'type': 'SwinIR', 'upscale': 1, 'img_size': 16, 'window_size': 8, 'embed_dim': 12}
+SWINIR |= {'depths': [2], 'num_heads': [2]}
+TWICE = {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 8, 'num_block': 1, 'upscale': 2}
+
+
+@pytest.mark.parametrize('command', ['check', 'train'])
+@pytest.mark.parametrize(
+    ('network', 'size', 'message'),
+    [
+        (TWICE, 16, 'network_g makes 32 x 32 pixels of patches of 16 x 16 pixels, but clean ones have 16 x 16'),
+        (SWINIR, 20, 'network_g cannot be used of patches of 20 x 20 pixels: '),
+    ],
+    ids=['scale', 'window'],
+)
+def test_patches_that_the_network_cannot_take(workplace, capsys, command, network, size, message):
+    folder, opt = workplace
+    opt['network_g'] = network
+    opt['datasets']['train'] |= {'gt_size': size, 'num_worker_per_gpu': 1}
+    (folder / 'o.yml').write_text(yaml.safe_dump(opt))
+    assert main([command, '-opt', 'o.yml']) == 2
+    assert message in capsys.readouterr().err
+    assert not (folder / 'experiments').exists()
+
+
+def test_a_step_that_fails_ends_the_check_though_there_are_workers(workplace):
+    folder, opt = workplace
+    with lmdb.open(str(folder / 'x.lmdb')) as environment, environment.begin(write=True) as transaction:
+        for number in range(8):
+            transaction.put(f'{number}'.encode(), b'x')
+    opt['datasets'] = {'train': opt['datasets']['train'] | {'num_worker_per_gpu': 2}}
+    (folder / 'o.yml').write_text(yaml.safe_dump(opt))
+    command = [sys.executable, '-m', 'cea_arch.cli', 'check', '-opt', 'o.yml']
+    environment = os.environ | {'PYTHONPATH': str(ROOT)}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 2
+    assert 'not a picture of' in done.stderr
+
+
+def test_more_steps_than_the_schedule_has(workplace, check):
+    _, opt = workplace
+    opt['train']['total_iter'] = 2
+    opt['train']['scheduler']['periods'] = [2]
+    code, _, said = check(opt, '--steps', '5')
+    assert code == 0
+    assert 'A step takes' in said.out
