@@ -7,7 +7,8 @@ generator has to be stored.
 import ctypes
 import random
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import cv2
@@ -63,6 +64,18 @@ def start_worker(worker_id: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     with suppress(OSError, AttributeError):  # on other systems
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Let what is drawn in the block change nothing of what is drawn after it, but on GPUs."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 def seed_all(*key: int) -> None:

@@ -74,7 +74,7 @@ class ChannelAttention(ImageWide):
         return one[0] + other[0], *norms
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.reshape(len(x), self.num_heads, -1, x.shape[-2] * x.shape[-1])
+        return x.flatten(2).unflatten(1, (self.num_heads, -1))
 
 
 class GatedFeedForward(nn.Module):

@@ -238,7 +238,7 @@ class DynamicFactors(ImageWide):
             tokens = norm(tokens.to(norm.weight.dtype).contiguous()).to(wide(x.dtype))
             queries = self.folded_queries().to(tokens.dtype)
             shared = tokens.unsqueeze(1)  # keys and values of one head: the heads lie in the queries
-            sums = F.scaled_dot_product_attention(queries.expand(len(x), 1, -1, -1), shared, shared, scale=1.0)
+            sums = F.scaled_dot_product_attention(queries.expand(x.shape[0], 1, -1, -1), shared, shared, scale=1.0)
             found = (sums,) if core is None else (sums, (queries @ tokens.mT).logsumexp(-1, keepdim=True).unsqueeze(1))
             return tuple(rows.squeeze(1).unflatten(1, (self.num_heads, -1)) for rows in found)
 

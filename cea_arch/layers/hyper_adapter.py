@@ -68,7 +68,7 @@ class StaticFactors(nn.Module):
     def forward(self, x: Tensor) -> Factors:
         """As :meth:`DynamicFactors.forward`; the tokens are not read."""
         factors = stack(list(self.bases.values()), list(self.directions.values()), self.spec)
-        return tuple(rows.expand(len(x), -1, -1) for rows in factors)
+        return tuple(rows.expand(x.shape[0], -1, -1) for rows in factors)
 
 
 FACTORS = {'dynamic': DynamicFactors, 'pooled': PooledFactors, 'static': StaticFactors}

@@ -30,6 +30,7 @@ from basicsr.utils.dist_util import master_only
 import cea_arch
 from cea_arch import distributed
 from cea_arch.compat import replaced
+from cea_arch.data.replay import same_random_numbers
 from cea_arch.errors import UserError
 from cea_arch.files import locked, remove_leftovers, written_beside
 from cea_arch.models.cea_model import CEAModel
@@ -168,7 +169,7 @@ def _checked(parse_options: Callable, held: ExitStack, opt: Options) -> Callable
 
     def parse(root_path: str, is_train: bool = True) -> tuple[dict[str, Any], Namespace]:
         parsed, args = parse_options(root_path, is_train)
-        with distributed.together(), opt.placing():
+        with distributed.together(), opt.placing(), same_random_numbers():  # a run starts from its seed alone
             check_options(_choose_device(parsed, opt))
             _reset(logging.getLogger('basicsr'))  # which anything that was tried may have set up, without a file
             if parsed['rank'] == 0:

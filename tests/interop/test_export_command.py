@@ -63,8 +63,8 @@ def holds_paths(file):
 
 
 def check(read, net, dtype, tolerance):
-    for size in SIZES:
-        x = torch.rand(1, 3, *size)
+    for batch, size in zip((1, 2, 4, 3, 1), SIZES):
+        x = torch.rand(batch, 3, *size)
         torch.testing.assert_close(read(x.to(dtype)).float(), net(x).detach(), rtol=0, atol=tolerance)
 
 
@@ -84,6 +84,7 @@ def test_cea_ir_as_onnx_gives_the_same_image_at_five_sizes(net, tmp_path, capsys
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a.onnx', 'a.pth']
     check(read_onnx(path), net, torch.float32, TOLERANCE)
     assert holds_paths(path) == []
+    assert b'pkg.torch' not in path.read_bytes()
     assert main(['export', str(path), '-m', str(tmp_path / 'a.pth')]) == 2
     assert 'a.onnx exists; --overwrite replaces it.' in capsys.readouterr().err
 

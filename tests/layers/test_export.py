@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from cea_arch.layers import inject_cea
+from cea_arch.networks import CEAIR
 from cea_arch.networks.with_cea import AUTO_TARGETS, WithCEA
 from tests.conftest import ROOT
 from tests.layers.test_inject import Foreign, awaken, build
+from tests.networks.test_cea_ir import TINIES, lively
 
 SIZES = [(16, 24), (20, 16), (33, 40)]
 
@@ -153,6 +155,17 @@ def test_a_host_that_loses_a_layer_refuses_to_run(change):
     changed = change(net)
     with pytest.raises(ValueError, match='was replaced by another one, as quantising and fusing do'):
         changed(x)
+
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore::DeprecationWarning')
+@pytest.mark.parametrize('kind', ['Foreign', 'T', 'attention'])
+def test_a_trace_of_one_image_takes_any_batch(kind):
+    torch.manual_seed(0)
+    net = injected(kind) if kind == 'Foreign' else lively(CEAIR(**TINIES[kind])).eval()
+    traced = torch.jit.trace(net, torch.rand(1, 3, 24, 32), check_trace=False)
+    for batch in (1, 2, 4):
+        x = torch.rand(batch, 3, 24, 32)
+        torch.testing.assert_close(traced(x), net(x))
 
 
 @pytest.mark.parametrize('kind', ['EDSR', 'SRVGGNetCompact'])

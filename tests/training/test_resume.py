@@ -16,7 +16,8 @@ import torch
 from cea_arch.checkpoints import write_checkpoint
 from cea_arch.data.lmdb_writer import write_lmdb
 from cea_arch.errors import UserError
-from tests.conftest import ROOT
+from cea_arch.networks import CEAIR
+from tests.conftest import NET, ROOT
 from tests.processes import finish, launch, said
 from tests.training.test_training import log_of, train
 
@@ -80,6 +81,23 @@ def test_threads_are_chosen_in_the_first_steps_and_kept(workplace, monkeypatch, 
     opt['train']['total_iter'] = 9
     assert train(folder, opt, '--auto_resume') == 0
     assert torch.get_num_threads() == chosen
+
+
+def test_what_a_run_checks_first_changes_nothing(workplace):
+    """The network starts from the seed alone, whatever was tried before it was built."""
+    folder, opt = workplace
+    opt['train'] |= {'total_iter': 1}
+    opt['val'] = {'val_freq': 100, 'save_img': False}
+    opt['logger']['save_checkpoint_freq'] = 1
+    assert train(folder, opt) == 0
+    opt['val'] |= {'maps': True}
+    opt['train']['fft_opt']['loss_weight'] = 0
+    assert train(folder, opt | {'name': 'other'}) == 0
+    torch.manual_seed(0)
+    first = CEAIR(**{key: value for key, value in NET.items() if key != 'type'}).embed.weight
+    found = [weights(folder, 1, run)['params']['embed.weight'] for run in ('run', 'other')]
+    for weight in found:
+        assert (weight - first).abs().max() < 2e-3  # one step of AdamW at 1e-3 from the seed's own numbers
 
 
 def test_the_number_of_workers_changes_nothing(workplace):
