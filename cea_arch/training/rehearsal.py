@@ -41,8 +41,8 @@ def rehearse(opt: dict[str, Any], network: nn.Module) -> None:
     for name in [opt['val']['maps']] if opt['val'].get('maps') is True else opt['val'].get('maps') or []:
         _try('val.maps', RoutingMaps, network, None if name is True else name)
     if opt['is_train']:
-        _rehearse_patch(opt, network)
         _rehearse_training(opt['train'], network)
+        _rehearse_patch(opt, network)
         _check_wandb(opt)
 
 

@@ -121,7 +121,7 @@ def test_networks_that_enlarge_or_want_multiples(tmp_path):
     assert sizes == [(18, 24), (34, 40), (64, 48), (20, 90), (18, 32)]
     program = torch.export.load(tmp_path / 'a.pt2').module()
     assert program(torch.rand(1, 3, 10, 14)).shape == (1, 3, 20, 28)
-    with pytest.raises(UserError, match='cannot be exported for pictures of any size: Guard failed'):
+    with pytest.raises(UserError, match='cannot be exported for pictures of any size: '):
         export_network(make('SwinIR'), tmp_path / 'b.pt2')  # it lays out its windows in Python
     assert [p.name for p in tmp_path.iterdir()] == ['a.pt2']
 
