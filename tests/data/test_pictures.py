@@ -265,7 +265,8 @@ def test_what_opencv_decodes_for_training_is_what_restoring_reads(photograph, ki
 
 
 def test_mutated_files_are_read_or_refused():
-    results, faults = run(40)
+    pytest.importorskip('imagecodecs', reason='some of them are written by it')
+    results, faults = run(25)
     assert faults == []
     assert {kind for kind, outcome in results if outcome == 'read'} >= {'jpeg', 'png', 'tiff', 'tiff-planar', 'webp'}
     assert {kind for kind, outcome in results if outcome == 'refused'} == set(good_files())

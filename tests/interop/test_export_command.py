@@ -9,7 +9,7 @@ from torch import nn
 from cea_arch.checkpoints import read_checkpoint, write_checkpoint
 from cea_arch.cli import main
 from cea_arch.errors import UserError
-from cea_arch.interop.export import FORMATS, SIZES, TOLERANCE, TOLERANCE_HALF, _traced, export_network
+from cea_arch.interop.export import FORMATS, SIZES, TOLERANCE, TOLERANCE_HALF, export_network
 from cea_arch.layers import CEABlock
 from cea_arch.networks import CEAIR
 from cea_arch.networks.from_file import load_network
@@ -28,20 +28,6 @@ def net():
     with torch.no_grad():  # a change as large as a restoration's
         net.output.weight.mul_(0.1 / (net(torch.rand(1, 3, 32, 32)) - 0.5).std())
     return net
-
-
-@pytest.fixture(scope='module')
-def traced_once():
-    """Traces a network as the command does, but one of the same parameters no second time."""
-    programs = {}
-
-    def trace(net, image, multiple):
-        key = tuple(float(p.detach().double().sum()) for p in net.parameters())
-        if key not in programs:
-            programs[key] = _traced(net, image, multiple)
-        return programs[key]
-
-    return trace
 
 
 @pytest.fixture
@@ -74,8 +60,7 @@ def read_onnx(path):
     return lambda x: torch.from_numpy(session.run(None, {'lq': x.numpy()})[0])
 
 
-def test_cea_ir_as_onnx_gives_the_same_image_at_five_sizes(net, tmp_path, capsys, traced_once, monkeypatch):
-    monkeypatch.setattr('cea_arch.interop.export._traced', traced_once)
+def test_cea_ir_as_onnx_gives_the_same_image_at_five_sizes(net, tmp_path, capsys):
     pytest.importorskip('onnxscript', reason='needs the extra: pip install -e ".[export]"')
     write_checkpoint({'params': net.state_dict(), 'network_g': {'type': 'CEAIR', **TINY}}, tmp_path / 'a.pth')
     path = tmp_path / 'a.onnx'
@@ -89,14 +74,6 @@ def test_cea_ir_as_onnx_gives_the_same_image_at_five_sizes(net, tmp_path, capsys
     assert 'a.onnx exists; --overwrite replaces it.' in capsys.readouterr().err
 
 
-def test_cea_ir_for_torch_export_gives_the_same_image_at_five_sizes(net, tmp_path, traced_once, monkeypatch):
-    monkeypatch.setattr('cea_arch.interop.export._traced', traced_once)
-    error, sizes = export_network(net, tmp_path / 'a.pt2')  # which reads it back
-    assert holds_paths(tmp_path / 'a.pt2') == []
-    assert error <= TOLERANCE
-    assert sizes == list(SIZES)
-
-
 @pytest.mark.parametrize('suffix', ['.onnx', '.pt2'])
 @pytest.mark.parametrize(('words', 'dtype'), [([], torch.float32), (['--fp16'], torch.float16)])
 def test_both_formats_in_both_precisions(block, tmp_path, capsys, suffix, words, dtype):
@@ -105,6 +82,7 @@ def test_both_formats_in_both_precisions(block, tmp_path, capsys, suffix, words,
     path = tmp_path / f'a{suffix}'
     assert main(['export', str(path), '-m', 'a.pth', *words]) == 0
     assert f'RGB in [0, 1], {str(dtype).removeprefix("torch.")}' in capsys.readouterr().out
+    assert holds_paths(path) == []
     read = read_onnx(path) if suffix == '.onnx' else torch.export.load(path).module()
     check(read, block, dtype, TOLERANCE_HALF if words else TOLERANCE)
 

@@ -133,7 +133,7 @@ def test_resume_goes_on_from_the_newest_whole_checkpoint(workplace, caplog):
     assert (run / 'models/net_g_6.pth').exists()
 
 
-@pytest.mark.parametrize('start', [['cea_arch/train.py'], ['-m', 'cea_arch.train'], ['-m', 'cea_arch.cli', 'train']])
+@pytest.mark.parametrize('start', [['cea_arch/train.py'], ['-m', 'cea_arch.cli', 'train']])
 def test_an_interrupted_run_is_resumed_by_each_form_of_the_command(workplace, start, monkeypatch):
     folder, opt = workplace
     opt['train']['total_iter'] = 100
