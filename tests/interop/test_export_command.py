@@ -87,6 +87,13 @@ def test_both_formats_in_both_precisions(block, tmp_path, capsys, suffix, words,
     check(read, block, dtype, TOLERANCE_HALF if words else TOLERANCE)
 
 
+class OfOneWidth(nn.Module):
+    """Asks in Python for the width of pictures, as SwinIR does to lay out its windows."""
+
+    def forward(self, x):
+        return x * 0.9 if x.shape[-1] == 48 else x
+
+
 def test_networks_that_enlarge_or_want_multiples(tmp_path):
     def make(kind):
         torch.manual_seed(0)
@@ -100,7 +107,7 @@ def test_networks_that_enlarge_or_want_multiples(tmp_path):
     program = torch.export.load(tmp_path / 'a.pt2').module()
     assert program(torch.rand(1, 3, 10, 14)).shape == (1, 3, 20, 28)
     with pytest.raises(UserError, match='cannot be exported for pictures of any size: '):
-        export_network(make('SwinIR'), tmp_path / 'b.pt2')  # it lays out its windows in Python
+        export_network(OfOneWidth(), tmp_path / 'b.pt2')
     assert [p.name for p in tmp_path.iterdir()] == ['a.pt2']
 
 
