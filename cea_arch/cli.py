@@ -147,11 +147,14 @@ def _add_restore(commands: argparse._SubParsersAction) -> None:
     command = _add(commands, 'restore', text, _later('cea_arch.restoring.command'))
     command.add_argument(
         'inputs',
+        type=path,
         nargs='*',
         metavar='PICTURE',
         help='files, folders or patterns such as "scans/*.png"; clips (.mp4, .mov, .mkv, .webm) by their names',
     )
-    command.add_argument('-i', '--input', nargs='+', action='extend', default=[], metavar='PICTURE', help='the same')
+    command.add_argument(
+        '-i', '--input', type=path, nargs='+', action='extend', default=[], metavar='PICTURE', help='the same'
+    )
     command.add_argument('-o', '--output', type=path, default='restored', help='folder to write to (default: restored)')
     _add_model(command)
     command.add_argument('-r', '--recursive', action='store_true', help='also the folders below a folder')

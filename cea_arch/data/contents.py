@@ -68,11 +68,6 @@ def likeness(one: Contents, other: Contents) -> float:
     return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum() + 1e-9))
 
 
-def shared_places(one: np.ndarray, other: np.ndarray) -> int:
-    """How many places two pictures have in common."""
-    return len(np.intersect1d(one, other, assume_unique=True))
-
-
 def _slopes(small: np.ndarray) -> np.ndarray:
     small = small.astype(np.float32)
     return np.stack([np.diff(small, axis=1)[:-1], np.diff(small, axis=0)[:, :-1]])
@@ -83,13 +78,12 @@ def _places(img: np.ndarray) -> np.ndarray:
         return np.empty(0, np.uint64)
     values = img.astype(np.uint64) @ np.array([1, 1 << 8, 1 << 16], np.uint64)
     hashes = values
-    for axis, factor in enumerate(_FACTORS):
-        length = hashes.shape[axis] - _WINDOW + 1
-        parts = (np.take(hashes, range(k, k + length), axis) for k in range(_WINDOW))
-        total = np.zeros(())
-        for number, part in enumerate(parts):
-            total = part if not number else total * factor + part  # wraps, as it should
-        hashes = total
+    for factor in _FACTORS:  # down, and then across
+        count = len(hashes) - _WINDOW + 1
+        total = hashes[:count]
+        for k in range(1, _WINDOW):
+            total = total * factor + hashes[k : k + count]  # wraps, as it should
+        hashes = total.T
     corner = values[: hashes.shape[0], : hashes.shape[1]]
     flat = (corner == values[_WINDOW - 1 :, : hashes.shape[1]]) & (corner == values[: hashes.shape[0], _WINDOW - 1 :])
     chosen = (hashes * _FACTORS[0] >> np.uint64(40)) % np.uint64(_STRIDE) == 0

@@ -154,7 +154,7 @@ def _drop_others(environment: lmdb.Environment, keys: set[str], destination: Pat
 
 def _compare(images: Iterable[tuple[str, bytes]], destination: Path) -> Written:
     """Leave an LMDB alone that holds exactly ``images``, but for a list of them that is absent."""
-    count, lines = 0, {}
+    count, lines, listed = 0, {}, (destination / 'meta_info.txt').is_file()
     with _opened(destination).begin(buffers=True) as transaction:
         for key, data in images:
             if transaction.get(key.encode()) != data:
@@ -162,14 +162,15 @@ def _compare(images: Iterable[tuple[str, bytes]], destination: Path) -> Written:
                     f'{destination} exists and holds another {key!r}; remove it first, or ask for it to be overwritten.'
                 )
             count += 1
-            lines[key] = _line(key, data)
+            if not listed:
+                lines[key] = _line(key, data)
         if count != transaction.stat()['entries']:
             raise UserError(
                 f'{destination} exists and holds {transaction.stat()["entries"]} images, not {count}; remove it first, '
                 'or ask for it to be overwritten.'
             )
     close_lmdb(destination)
-    if not (destination / 'meta_info.txt').is_file():
+    if not listed:
         _write_meta(destination, lines)
     return Written(count, count)
 

@@ -5,7 +5,8 @@ import io
 import re
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def read_picture(path: Path) -> Picture:
     Raises:
         UserError: Not a picture of a known format, damaged, animated, too large, or of a depth other than 8 or 16 bit.
     """
-    picture = decode_picture(path.read_bytes(), str(path))
+    with _without_decoders_words():
+        picture = decode_picture(path.read_bytes(), str(path))
     for note in picture.notes:
         warnings.warn(f'{path}: {note}.', stacklevel=2)
     return picture
@@ -100,7 +102,8 @@ def picture_size(file: Path | bytes, where: str) -> tuple[int, int]:
             turned = orientation(exif.removeprefix(jpeg.EXIF)) > 4
             return (width, height) if turned else (height, width)
 
-    return _guarded(read, where)
+    with _without_decoders_words():
+        return _guarded(read, where)
 
 
 def is_plain(data: bytes) -> bool:
@@ -127,12 +130,18 @@ def as_rgb(pixels: np.ndarray) -> np.ndarray:
     return pixels[..., :3] if pixels.shape[2] > 2 else np.repeat(pixels[..., :1], 3, axis=2)
 
 
+@contextmanager
+def _without_decoders_words() -> Iterator[None]:
+    """No warnings of decoders. Not for :func:`decode_picture`, which threads call: Python has one filter for them all."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield
+
+
 def _guarded(read: Callable, where: str) -> object:
     """What ``read`` returns; whatever a decoder raises about a file becomes a UserError that names it."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # decoders' own
-            return read()
+        return read()
     except UserError as error:
         raise UserError(f'{where}: {error}') from error
     except Image.DecompressionBombError as error:

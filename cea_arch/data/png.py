@@ -65,14 +65,14 @@ def headers(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
 
 def is_plain(data: bytes) -> bool:
     """Whether a PNG has all its chunks, and none that could change its pixels: any decoder gives the same ones then."""
-    at, stored, kind = len(SIGNATURE), 0, b''
-    while at + 8 <= len(data) and kind != b'IEND':
-        length, kind = struct.unpack_from('>I4s', data, at)
+    stored = 0
+    for kind, at, length in headers(io.BytesIO(data)):
         if kind in (b'eXIf', b'tRNS', b'acTL'):
             return False
+        if kind == b'IEND':
+            return at + length + 4 <= len(data) and _is_possible(data[16:29], stored)
         stored += length if kind == b'IDAT' else 0
-        at += 12 + length
-    return kind == b'IEND' and at <= len(data) and _is_possible(data[16:29], stored)
+    return False
 
 
 def size_of(file: BinaryIO) -> tuple[int, int]:

@@ -108,11 +108,7 @@ def by_hand(image_set: ImageSet, gt: Path, lq: Path | None = None) -> Found:
     for role, folder in zip(image_set.roles, (gt, lq)):
         if not folder.is_dir():
             raise UserError(f'--set {image_set.name}: folder {str(folder)!r} does not exist.')
-        names: dict[str, Path] = {}
-        for path in walk_images(folder):
-            if names.setdefault(path.stem, path) is not path:
-                found.copies.append((path, names[path.stem]))
-        found.files[role] = names
+        found.files[role] = _by_key(found, ((path.stem, path) for path in walk_images(folder)))
     return found
 
 
@@ -137,16 +133,25 @@ def _collect(image_set: ImageSet, layout: Layout, places: dict[str, list[Path]])
     found = Found(image_set, layout)
     for role in image_set.roles:
         folder, name = path_patterns(layout.gt if role == image_set.roles[0] else layout.lq, role)
-        names: dict[str, Path] = {}
         fitting = (place for place in places if folder.fullmatch(place) and _may_hold(image_set, layout, place))
-        for path in (path for place in fitting for path in places[place]):
-            if name.fullmatch(path.stem):
-                key = f'{path.parent.parent.name}_{path.stem}' if layout.nested else path.stem
-                if names.setdefault(key, path) is not path:
-                    found.copies.append((path, names[key]))
+        paths = (path for place in fitting for path in places[place] if name.fullmatch(path.stem))
+        names = _by_key(found, ((_key(path, layout), path) for path in paths))
         if names:
             found.files[role] = names
     return found
+
+
+def _key(path: Path, layout: Layout) -> str:
+    return f'{path.parent.parent.name}_{path.stem}' if layout.nested else path.stem
+
+
+def _by_key(found: Found, files: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    """The first file of each key; others of the same key become copies."""
+    names: dict[str, Path] = {}
+    for key, path in files:
+        if names.setdefault(key, path) is not path:
+            found.copies.append((path, names[key]))
+    return names
 
 
 def _may_hold(image_set: ImageSet, layout: Layout, place: str) -> bool:

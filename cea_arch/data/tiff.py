@@ -18,7 +18,7 @@ _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _COLOURS = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _PALETTE: 1, _CMYK: 4, _YCBCR: 3}
 _NONE, _ZLIB, _FAX, _JPEG = 1, (8, 32946), (2, 3, 4), (7,)  # of Compression; JPEG gives RGB for YCbCr
 _OF_BYTES = (5, 32773, 34925, 50000)  # LZW, PackBits, LZMA, Zstandard
-_PREDICTABLE = (5, 8, 32946, 34925, 50000)
+_PREDICTABLE = (*_ZLIB, *(kind for kind in _OF_BYTES if kind != 32773))
 _DIFFERENCES = 2  # of Predictor
 _PREDICTED = {(1, 1), (1, 2), (1, 4), (1, 8), (1, 16), (_DIFFERENCES, 8), (_DIFFERENCES, 16)}
 _OF_CODECS = (292, 347)  # T4Options, JPEGTables
@@ -186,8 +186,7 @@ class Tiff:
                 raise UserError(f'damaged: {wide} x {high} pixels in JPEG, expected {columns} x {rows}.')
             return self._by_libtiff(stored, rows, columns, bits, samples).reshape(rows, columns, samples)
         if page.fillorder == _REVERSED:
-            stored = (np.unpackbits(np.frombuffer(stored, np.uint8), bitorder='little')).tobytes()
-            stored = np.packbits(np.frombuffer(stored, np.uint8)).tobytes()
+            stored = np.packbits(np.unpackbits(np.frombuffer(stored, np.uint8), bitorder='little')).tobytes()
         width = -(-columns * samples * bits // 8)  # of a row, in bytes
         if page.compression in _FAX:
             unpacked = self._by_libtiff(stored, rows, columns, 1, 1)

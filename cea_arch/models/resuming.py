@@ -65,7 +65,8 @@ def _load_optimizer(optimizer: Optimizer, stored: dict[str, Any]) -> list[str]:
     for group, fresh in zip(optimizer.param_groups, options, strict=True):
         for key in fresh.keys() - {'lr'}:
             if _plain(group.get(key)) != _plain(fresh[key]):
-                said.append(f'{key} is {fresh[key]} (was {group.get(key)}).') if key != 'initial_lr' else None
+                if key != 'initial_lr':  # which the schedule speaks of
+                    said.append(f'{key} is {fresh[key]} (was {group.get(key)}).')
                 group[key] = fresh[key]
     return said
 

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     inputs = args.inputs + args.input
     if not inputs:
         raise UserError('name pictures, folders of them, or patterns.')
-    output = Path(args.output).expanduser()
+    output = Path(args.output)
     plan = find_jobs(inputs, output, args.recursive, Naming(args.suffix, args.ext))
     if args.list:
         return _list(plan, args.overwrite)
@@ -142,13 +142,17 @@ def _restore_clip(job: Job, restorer: Restorer, args: argparse.Namespace, advanc
 def _pixels(job: Job) -> int:
     """How many are to be restored; 0 for a file that is about to fail."""
     try:
-        if job.source.suffix.lower() in ENCODERS:
-            frames, height, width = clip_size(job.source)
-            return max(frames, 1) * height * width
-        height, width = picture_size(job.source, '')
-        return height * width
+        frames, height, width = _size(job)
+        return max(frames, 1) * height * width
     except Exception:  # it will be said when its turn comes
         return 0
+
+
+def _size(job: Job) -> tuple[int, int, int]:
+    """Number of frames, 0 where a clip does not say, height and width."""
+    if job.source.suffix.lower() in ENCODERS:
+        return clip_size(job.source)
+    return 1, *picture_size(job.source, str(job.source))
 
 
 def _list(plan: Plan, overwrite: bool) -> int:
@@ -157,13 +161,9 @@ def _list(plan: Plan, overwrite: bool) -> int:
     for job in plan.jobs:
         try:
             refuse_to_replace(job.target, overwrite)
-            if job.source.suffix.lower() in ENCODERS:
-                frames, height, width = clip_size(job.source)
-                size = f'{width} x {height}, {frames or "?"} frames'
-            else:
-                height, width = picture_size(job.source, str(job.source))
-                size = f'{width} x {height}'
-            print(f'{job.source} ({size}) -> {job.target}')
+            frames, height, width = _size(job)
+            many = f', {frames or "?"} frames' if job.source.suffix.lower() in ENCODERS else ''
+            print(f'{job.source} ({width} x {height}{many}) -> {job.target}')
             fine += 1
         except (UserError, OSError) as error:
             failures.append(_said(error, job.source))

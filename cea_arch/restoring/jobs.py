@@ -1,7 +1,6 @@
 """What ``cea restore`` is to do: which files it reads, and what each is called in the output folder."""
 
 import glob
-import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,7 +64,6 @@ def find_jobs(inputs: list[str], output: Path, recursive: bool, naming: Naming =
     jobs: dict[Path, Job] = {}
     plan = Plan([], [])
     for text in inputs:
-        text = os.path.expanduser(text)  # noqa: PTH111  patterns are no paths
         try:
             matches = [text] if Path(text).exists() else sorted(glob.glob(text))  # noqa: PTH207  Path's takes no absolute
         except OSError as error:

@@ -108,6 +108,7 @@ class _Transcoding:
         if left:
             self.notes.append(f'{left} of its streams cannot be copied, and are dropped')
         self._copy_metadata()
+        self.encoded = {known.name for known in self.stream.codec_context.codec.video_formats}
         self.wide = self._is_wide()
 
     def run(self, progress: Callable[[int, int], None]) -> list[str]:
@@ -175,7 +176,7 @@ class _Transcoding:
         if self.video.format.has_palette or any(part.is_alpha for part in self.video.format.components):
             self.notes.append('its transparency, or palette, is dropped')
         bits = max((part.bits for part in self.video.format.components), default=8)
-        can = f'yuv420p{WIDE}' in {known.name for known in self.stream.codec_context.codec.video_formats}
+        can = f'yuv420p{WIDE}' in self.encoded
         if bits > 8 and not can:
             self.notes.append(f'its {bits} bits become 8, which is all that the encoder of this container has')
         elif bits > 10:
@@ -202,14 +203,13 @@ class _Transcoding:
 
     def _colour_of(self, frame: Any, restored: Any) -> str:
         """Planes of colour as large as the clip has them; whole where half the size is none."""
-        known = {found.name for found in self.stream.codec_context.codec.video_formats}
         halves = [frame.format.chroma_width(8) < 8, frame.format.chroma_height(8) < 8]
-        if frame.rotation % 180:
+        if _swaps_sides(frame):
             halves.reverse()
         kind = {(True, False): 'yuv422p', (False, False): 'yuv444p'}.get(tuple(halves), 'yuv420p')
         if frame.format.is_rgb:
             kind = 'yuv420p'
-        if restored.width % 2 or restored.height % 2 or kind + WIDE * self.wide not in known:
+        if restored.width % 2 or restored.height % 2 or kind + WIDE * self.wide not in self.encoded:
             kind = 'yuv444p' if restored.width % 2 or restored.height % 2 else 'yuv420p'
         return kind
 
