@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 ORIENTATION = 0x0112
+TEXT, LONG, BYTES = 2, 4, 7  # of TIFF's types
 # description, make, model, software, date and time, artist, copyright: what a TIFF's own tags say in words
 DESCRIPTIVE_TAGS = (270, 271, 272, 305, 306, 315, 33432)
 _INTEGERS = {1: 'B', 3: 'H', 4: 'I', 6: 'b', 8: 'h', 9: 'i'}  # TIFF's types of whole numbers, as struct's
@@ -59,16 +60,18 @@ def count_of(exif: bytes) -> int:
 
 def build_exif(texts: dict[int, bytes]) -> bytes | None:
     """EXIF that holds texts by tag, see :func:`descriptive`; ``None`` if there are none."""
-    if not texts:
-        return None
-    after = 8 + 2 + 12 * len(texts) + 4
-    directory, values = struct.pack('<H', len(texts)), b''
-    for tag, text in sorted(texts.items()):
-        text += b'\0'
-        inline = len(text) <= 4
-        place = text.ljust(4, b'\0') if inline else struct.pack('<I', after + len(values))
-        directory += struct.pack('<HHI', tag, 2, len(text)) + place
-        values += b'' if inline else text + b'\0' * (len(text) % 2)
+    return structure({tag: (TEXT, text + b'\0') for tag, text in texts.items()}) if texts else None
+
+
+def structure(entries: dict[int, tuple[int, bytes]]) -> bytes:
+    """A little-endian TIFF structure of one directory, of types (``TEXT``, ``LONG``, ``BYTES``) and contents by tag."""
+    at = 8 + 2 + 12 * len(entries) + 4
+    directory, values = struct.pack('<H', len(entries)), b''
+    for tag, (kind, content) in sorted(entries.items()):
+        inline = len(content) <= 4
+        place = content.ljust(4, b'\0') if inline else struct.pack('<I', at + len(values))
+        directory += struct.pack('<HHI', tag, kind, len(content) // (4 if kind == LONG else 1)) + place
+        values += b'' if inline else content + b'\0' * (len(content) % 2)
     return b'II*\0' + struct.pack('<I', 8) + directory + bytes(4) + values
 
 

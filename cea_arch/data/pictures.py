@@ -132,7 +132,7 @@ def as_rgb(pixels: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def _without_decoders_words() -> Iterator[None]:
-    """No warnings of decoders. Not for :func:`decode_picture`, which threads call: Python has one filter for them all."""
+    """No warnings of decoders. Not in :func:`decode_picture`, which threads call: they share one filter."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         yield
@@ -214,7 +214,7 @@ def _decode_jpeg(data: bytes) -> Picture:
         icc = image.info.get('icc_profile')
         image.load()
         more = jpeg.with_more(plain)
-        if more is not None and np.asarray(image).tobytes() != _stored_pixels(more):
+        if more is not None and not np.array_equal(np.asarray(image), _stored_pixels(more)):
             raise UserError('damaged: pixels are missing at its end.')
         pixels = _cmyk_as_rgb(image, icc, notes) if image.mode == 'CMYK' else np.array(_plain(image))
         return Picture(
@@ -250,9 +250,9 @@ def _decode_other(data: bytes) -> Picture:
         )
 
 
-def _stored_pixels(data: bytes) -> bytes:
+def _stored_pixels(data: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(data), formats=['JPEG']) as image:
-        return np.asarray(image).tobytes()
+        return np.asarray(image)
 
 
 def _plain(image: Image.Image) -> Image.Image:

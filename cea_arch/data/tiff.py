@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from cea_arch.data import jpeg
-from cea_arch.data.exif import DESCRIPTIVE_TAGS, ORIENTATION
+from cea_arch.data.exif import BYTES, DESCRIPTIVE_TAGS, LONG, ORIENTATION, structure
 from cea_arch.errors import UserError
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6  # of PhotometricInterpretation
@@ -259,23 +259,12 @@ class Tiff:
 
 def _one_strip(tags: dict[int, bytes | list[int]], stored: bytes) -> bytes:
     """A TIFF file of one strip, with these tags; where the strip begins is added."""
-    tags = dict(sorted((tags | {_STRIPS: [0]}).items()))
-    after = 8 + 2 + 12 * len(tags) + 4
-    contents = {
-        tag: value if isinstance(value, bytes) else struct.pack(f'<{len(value)}I', *value)
+    entries = {
+        tag: (BYTES, value) if isinstance(value, bytes) else (LONG, struct.pack(f'<{len(value)}I', *value))
         for tag, value in tags.items()
     }
-    long = b''.join(content for content in contents.values() if len(content) > 4)
-    contents[_STRIPS] = struct.pack('<I', after + len(long))
-    directory, at = struct.pack('<H', len(tags)), after
-    for tag, content in contents.items():
-        kind, count = (7, len(content)) if isinstance(tags[tag], bytes) else (4, len(content) // 4)
-        inline = len(content) <= 4
-        directory += struct.pack('<HHI', tag, kind, count) + (
-            content.ljust(4, b'\0') if inline else struct.pack('<I', at)
-        )
-        at += 0 if inline else len(content)
-    return b'II*\0' + struct.pack('<I', 8) + directory + bytes(4) + long + stored
+    size = len(structure(entries | {_STRIPS: (LONG, bytes(4))}))
+    return structure(entries | {_STRIPS: (LONG, struct.pack('<I', size))}) + stored
 
 
 def _spread(samples: np.ndarray, bits: int) -> np.ndarray:
