@@ -5,11 +5,14 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import cea_arch
 from cea_arch.compat import REMEDY, has_basicsr
-from cea_arch.errors import UserError
+from cea_arch.errors import Notice, UserError
 from cea_arch.files import PACKAGED_WEIGHTS
 
 path = os.path.expanduser  # `--output=~/x`: the shell leaves that as it is
@@ -57,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add(commands, 'doctor', text, _later('cea_arch.doctor'))
     info = _add(commands, 'info', 'say what a file of weights holds', _later('cea_arch.doctor', 'show_weights'))
     info.add_argument('file', type=path, help='.pth or .safetensors')
+    _add_network(info)
     return parser
 
 
@@ -65,6 +69,8 @@ def _add(
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=text)
     command.set_defaults(call=call, needs_basicsr=False)
+    text = 'import another package, or a file, that registers networks, models or data sets; may be repeated'
+    command.add_argument('--plugin', action='append', default=[], metavar='MODULE', help=text)
     return command
 
 
@@ -215,6 +221,12 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         default=PACKAGED_WEIGHTS,
         help='file of weights, .pth or .safetensors (default: CEA-IR-T as it comes with the package)',
     )
+    _add_network(command)
+
+
+def _add_network(command: argparse.ArgumentParser) -> None:
+    command.add_argument('-opt', type=path, help='option file whose network_g it is, where the weights do not say so')
+    command.set_defaults(network_g=None)
 
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
@@ -310,9 +322,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f'cea {args.command}: {REMEDY}', file=sys.stderr)
         return 2
     try:
-        code = args.call(args) or 0
-        sys.stdout.flush()
-        return code
+        with _notices_as_lines(args.command):
+            return _run(args)
     except UserError as error:
         print(f'cea {args.command}: {error}', file=sys.stderr)
         return 2
@@ -325,6 +336,33 @@ def main(argv: list[str] | None = None) -> int:
         )
         print(f'\ncea {args.command}: interrupted.{hint}', file=sys.stderr)
         return 130
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.plugin:
+        importlib.import_module('cea_arch.plugins').load_plugins(args.plugin)
+    if 'network_g' in args and args.opt:
+        args.network_g = importlib.import_module('cea_arch.training.option_files').network_section(args.opt)
+    code = args.call(args) or 0
+    sys.stdout.flush()
+    return code
+
+
+@contextmanager
+def _notices_as_lines(command: str) -> Iterator[None]:
+    """Print notices as the command's own lines; other people's warnings stay as they are."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_notice(message: Warning, kind: type, *words: Any) -> None:
+            if issubclass(kind, Notice):
+                print(f'cea {command}: {message}', file=sys.stderr)
+            else:
+                show(message, kind, *words)
+
+        warnings.simplefilter('always', Notice)
+        warnings.showwarning = show_notice
+        yield
 
 
 if __name__ == '__main__':

@@ -43,6 +43,7 @@ builtins.exec = exec_here
 """
 _ABSENT = object()
 BASICSR = '1.4.2'
+MOVED = ('rgb2ycbcr', 'bgr2ycbcr', 'ycbcr2rgb', 'ycbcr2bgr')  # where packages for basicsr 1.3 look for them
 REMEDY = 'basicsr is not installed: `cea setup` installs it. CEA layers, networks and restoring work without it.'
 
 
@@ -104,8 +105,17 @@ class _Loader:
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', message='Please import', category=DeprecationWarning)
             self.loader.exec_module(module)
+        _keep_moved()
         for call in _waiting:
             call()
+
+
+def _keep_moved() -> None:
+    """Functions of colour that left ``matlab_functions`` after basicsr 1.3.4, which HAT imports from there."""
+    old, new = (importlib.import_module(f'basicsr.utils.{name}') for name in ('matlab_functions', 'color_util'))
+    for name in MOVED:
+        if not hasattr(old, name):
+            setattr(old, name, getattr(new, name))
 
 
 class _BasicsrFinder:
@@ -132,6 +142,7 @@ def when_basicsr_is_imported(call: Callable[[], None]) -> None:
         sys.meta_path.append(_ReplacementFinder)
         sys.meta_path.insert(0, _BasicsrFinder)
     if 'basicsr' in sys.modules:
+        _keep_moved()
         call()
         return
     # an attempt that failed before us leaves submodules behind that a new import would not bind to the package

@@ -14,7 +14,7 @@ import torch
 import cea_arch
 from cea_arch.checkpoints import WEIGHT_KEYS, check_fit, read_checkpoint, weights_of
 from cea_arch.compat import BASICSR, REMEDY, REPLACEMENTS, has_basicsr
-from cea_arch.networks.from_file import build_network, network_options
+from cea_arch.networks.from_file import build_stored, network_options
 from cea_arch.networks.with_cea import holds_layers_alone
 
 PACKAGES = ('torch', 'torchvision', 'numpy', 'opencv-python', 'pillow', 'scikit-image', 'lmdb', 'tqdm')
@@ -57,13 +57,14 @@ def show_weights(args: argparse.Namespace) -> None:
     count = sum(value.numel() for value in weights.values())
     print(f'{args.file}: {len(weights)} weights, {count:,} numbers, {", ".join(dtypes)}')
     print(f'weights under: {", ".join(sets) if sets else "no key"}')
-    told = isinstance(content.get('network_g'), dict)
-    options = network_options(content, args.file)
-    print(f'network: {options} ({"said by the file" if told else "recognised by its shapes"})')
+    told = 'said by the file' if isinstance(content.get('network_g'), dict) else 'recognised by its shapes'
+    options = network_options(content, args.file, args.network_g)
+    print(f'network: {options} ({f"of {args.opt}" if args.network_g else told})')
     if holds_layers_alone(weights):
         print('CEA layers alone: `cea merge` makes a whole file of them and their base.')
     else:
-        check_fit(build_network(options).state_dict(), weights, f'{args.file} does not fit {options.get("type")}')
+        expected = build_stored(content, options).state_dict()
+        check_fit(expected, weights, f'{args.file} does not fit {options.get("type")}')
     for key, value in content.items():
         if key not in (*WEIGHT_KEYS, 'network_g') and key not in weights:
             print(f'{key}: {value}')

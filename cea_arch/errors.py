@@ -2,8 +2,16 @@
 
 import difflib
 import importlib
+import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import ModuleType
+
+PLUGINS = (
+    "If it is another package's, name what registers it, a module or a file: `--plugin MODULE`, or `plugins: [MODULE]` "
+    'in the option file.'
+)
+_PASSED = ('<frozen', str(Path(__file__).parent), str(Path(importlib.__file__).parent))  # their lines tell nothing
 
 
 class UserError(ValueError):
@@ -17,6 +25,10 @@ class UserError(ValueError):
     def __init__(self, message: str, label: str | None = None) -> None:
         super().__init__(message)
         self.label = label
+
+
+class Notice(UserWarning):
+    """What a user should know; the commands print it as a line of theirs."""
 
 
 def need(module: str, extra: str, what: str) -> ModuleType:
@@ -34,8 +46,19 @@ def suggest(word: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the known word nearest to ``word``, or holding it; empty where there is none."""
     word, known = str(word), list(known)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    near = near or [name for name in known if len(word) > 2 and word.casefold() in name.casefold()]
+    near = near or sorted((n for n in known if len(word) > 2 and word.casefold() in n.casefold()), key=len)
     return f' Did you mean {near[0]!r}?' if near else ''
+
+
+def told(error: Exception) -> str:
+    """An error of other people's code as a sentence, with the last line of theirs that led to it; torch's are not."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_PASSED)]
+    frames = [f for f in frames if '/torch/' not in Path(f.filename).as_posix()]
+    place = f' ({frames[-1].filename}, line {frames[-1].lineno})' if frames else ''
+    lines = str(error).strip().splitlines() or ['']
+    if lines[0].startswith('Caught '):  # in a worker, whose traceback it tells
+        return lines[-1]
+    return f'{type(error).__name__}: {lines[0]}{place}'
 
 
 def lookup(registry: Iterable[tuple[str, Callable]], name: object, label: str) -> Callable:
@@ -45,6 +68,7 @@ def lookup(registry: Iterable[tuple[str, Callable]], name: object, label: str) -
     if name not in known:
         names = sorted({key.removesuffix('_basicsr') for key in known})
         raise UserError(
-            f'{label}: {name!r} is not registered.{suggest(name or "", names)} Known: {", ".join(names)}.', label
+            f'{label}: {name!r} is not registered.{suggest(name or "", names)} {PLUGINS} Known: {", ".join(names)}.',
+            label,
         )
     return known[name]

@@ -20,13 +20,13 @@ PACKAGED_WEIGHTS = Path(__file__).parent / 'weights' / 'cea_ir_t.safetensors'  #
 
 
 @contextmanager
-def written_beside(path: str | os.PathLike) -> Iterator[Path]:
+def written_beside(path: str | os.PathLike, suffix: str = '') -> Iterator[Path]:
     """Give a path beside ``path`` to write to; it takes the place of ``path`` at the end, and goes if that fails.
 
-    Its name is short, however long that of ``path`` is: file systems take 255 bytes.
+    Its name ends in ``suffix`` and is short, however long that of ``path`` is: file systems take 255 bytes.
     """
     path = Path(path)
-    aside = path.with_name(f'.{zlib.crc32(path.name.encode(errors="surrogateescape")):08x}.{os.getpid()}.tmp')
+    aside = path.with_name(f'.{zlib.crc32(path.name.encode(errors="surrogateescape")):08x}.{os.getpid()}.tmp{suffix}')
     try:
         yield aside
         os.replace(aside, path)

@@ -62,10 +62,11 @@ def section(properties: Mapping[str, Rule], required: Iterable[str] = (), closed
     }
 
 
-def typed(rules: Mapping[str, Rule], key: str = 'type') -> Rule:
-    """A mapping whose entry ``key`` chooses one of ``rules`` for all of it."""
+def typed(rules: Mapping[str, Rule], key: str = 'type', hint: str = '') -> Rule:
+    """A mapping whose entry ``key`` chooses one of ``rules`` for all of it; ``hint`` is said where it is another."""
     cases = [{'if': {'properties': {key: {'const': name}}}, 'then': rule} for name, rule in rules.items()]
-    return {'type': 'object', 'properties': {key: one_of(*rules)}, 'required': [key], 'allOf': cases}
+    words = one_of(*rules) | ({'description': hint} if hint else {})
+    return {'type': 'object', 'properties': {key: words}, 'required': [key], 'allOf': cases}
 
 
 def arguments(
@@ -78,14 +79,16 @@ def arguments(
         table: Better rules for some arguments; for names that it does not have, too.
         given: Arguments that do not come from the mapping.
     """
-    properties, required = {'type': TEXT}, []
+    properties, required, closed = {'type': TEXT}, [], True
     for name, parameter in inspect.signature(target).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD and not target.__module__.startswith(('basicsr.', 'cea_arch.')):
+            closed = False  # it decides itself; those of basicsr take any word and do nothing with it
         if name in given or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         properties[name] = table.get(name, _of_annotation(parameter.annotation))
         if parameter.default is parameter.empty:
             required.append(name)
-    return section(properties, required)
+    return section(properties, required, closed)
 
 
 def _of_annotation(annotation: Any) -> Rule:
@@ -135,11 +138,22 @@ class Checker:
     Args:
         definitions: The rules that ``$ref`` names.
         homes: For keys that stand in the wrong section, the right one.
+        unread: By top section, '' for the whole file, unknown keys that do no harm.
+
+    Attributes:
+        passed_over: Labels of the unread keys that were found.
     """
 
-    def __init__(self, definitions: Mapping[str, Rule] | None = None, homes: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        definitions: Mapping[str, Rule] | None = None,
+        homes: Mapping[str, str] | None = None,
+        unread: Mapping[str, Collection[str]] | None = None,
+    ) -> None:
         self.definitions = definitions or {}
         self.homes = homes or {}
+        self.unread = unread or {}
+        self.passed_over: list[str] = []
 
     def check(self, value: Any, rule: Rule, label: str) -> None:
         """Raise UserError if ``value`` breaks ``rule``; it names ``label``, what was expected and what was found."""
@@ -163,7 +177,9 @@ class Checker:
         patterns = rule.get('patternProperties', {}) | ({'': others} if isinstance(others, dict) else {})
         if not others:
             unknown = [key for key in value if key not in known and _matching(key, patterns) is None]
-            for key in unknown[:1]:
+            harmless = [key for key in unknown if key in self.unread.get(label.partition('.')[0], ())]
+            self.passed_over += [f'{prefix}{key}' for key in harmless]
+            for key in [key for key in unknown if key not in harmless][:1]:
                 said, home = f'{label or "options"}: unknown key {key!r}', self.homes.get(key)
                 if 'description' in rule:
                     raise UserError(f'{said}: {rule["description"]}.', f'{prefix}{key}')
@@ -202,6 +218,7 @@ def _complaint(value: Any, choices: list[Rule]) -> str:
     words = [word for choice in choices for word in choice.get('enum', ())]
     names = sorted({str(word).removesuffix('_basicsr') for word in words})
     hint = suggest(value, names) if isinstance(value, str) else ''
+    hint += ''.join(f' {choice["description"]}' for choice in choices if 'description' in choice)
     if len(names) > _MANY:
         return f': {_shown(value)} is not known.{hint} Known: {", ".join(names)}.'
     return f' must be {describe(either(*choices))}, got {_shown(value)}.{hint}'

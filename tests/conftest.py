@@ -129,12 +129,12 @@ def workplace(tmp_path, photograph, monkeypatch):
     crops = {f'{i}': photograph[i * 20 : i * 20 + 40, i * 30 : i * 30 + 45, ::-1] for i in range(8)}
     write_lmdb(((key, cv2.imencode('.png', img)[1].tobytes()) for key, img in crops.items()), tmp_path / 'x.lmdb')
     noise = {'degradation': 'gaussian_noise', 'sigmas': 25, 'dataroot_gt': 'x.lmdb'}
-    dataset = {'type': 'AllInOneDataset', 'benchmark': 'ours'}
+    dataset = {'type': 'CEADataset', 'benchmark': 'ours'}
     val = [
         dataset | {'name': name, 'sources': {'all': noise | {'sigmas': sigma}}}
         for name, sigma in (('s25', 25), ('s50', 50))
     ]
-    train = {'name': 'train', 'type': 'AllInOneDataset', 'sources': {'noise': noise}, 'gt_size': 16}
+    train = {'name': 'train', 'type': 'CEADataset', 'sources': {'noise': noise}, 'gt_size': 16}
     opt = {
         'name': 'run',
         'model_type': 'CEAModel',
@@ -159,7 +159,7 @@ def workplace(tmp_path, photograph, monkeypatch):
             'val_freq': 4,
             'save_img': True,
             'metrics': {
-                'psnr': {'type': 'calculate_psnr_float'},
+                'psnr': {'type': 'calculate_cea_psnr'},
                 'psnr8': {'type': 'calculate_psnr', 'crop_border': 0},
             },
         },

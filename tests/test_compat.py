@@ -27,7 +27,7 @@ sys.meta_path.insert(0, Block)
 REGISTERED = """
 from basicsr.utils import registry
 for name, kind in (('CEAIR', 'ARCH'), ('CEABlock', 'ARCH'), ('CEALayer', 'ARCH'), ('WithCEA', 'ARCH'),
-                   ('AllInOneDataset', 'DATASET'), ('CEAFFTLoss', 'LOSS'), ('calculate_ssim_uniform', 'METRIC'),
+                   ('CEADataset', 'DATASET'), ('CEAFFTLoss', 'LOSS'), ('calculate_cea_ssim_uniform', 'METRIC'),
                    ('CEAModel', 'MODEL')):
     assert name in getattr(registry, kind + '_REGISTRY'), name
 """

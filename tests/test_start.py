@@ -75,7 +75,7 @@ ORDERS = {
     'options': 'import cea_arch.training.option_rules',
     'loaders': 'import cea_arch.training.loaders',
     'WithCEA': 'from cea_arch.networks import WithCEA\nWithCEA({"type": "MSRResNet"})',
-    'the data set': 'import cea_arch.data.all_in_one_dataset',
+    'the data set': 'import cea_arch.data.cea_dataset',
     'its registry': 'import cea_arch\nimport basicsr.utils.registry',
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import lmdb
 
 from cea_arch.data.image_store import close_lmdb, image_size, open_lmdb
-from cea_arch.errors import UserError
+from cea_arch.errors import Notice, UserError
 from cea_arch.files import written_beside
 
 _FIRST_MAP_SIZE = 64 * 2**20  # bytes; doubled whenever it is full
@@ -83,7 +83,7 @@ def _remove_damaged(aside: Path) -> None:
     try:
         open_lmdb(aside)
     except (UserError, lmdb.Error) as error:
-        warnings.warn(f'{aside} is damaged, and is written anew: {error}', stacklevel=3)
+        warnings.warn(f'{aside} is damaged, and is written anew: {error}', Notice, stacklevel=3)
         shutil.rmtree(aside)
     else:
         close_lmdb(aside)

@@ -16,7 +16,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from cea_arch.data import jpeg, png
 from cea_arch.data.exif import build_exif, orientation, upright_exif
 from cea_arch.data.tiff import Tiff
-from cea_arch.errors import UserError
+from cea_arch.errors import Notice, UserError
 
 FORMAT_OF = {
     '.png': 'PNG',
@@ -69,7 +69,7 @@ def read_picture(path: Path) -> Picture:
     with _without_decoders_words():
         picture = decode_picture(path.read_bytes(), str(path))
     for note in picture.notes:
-        warnings.warn(f'{path}: {note}.', stacklevel=2)
+        warnings.warn(f'{path}: {note}.', Notice, stacklevel=2)
     return picture
 
 

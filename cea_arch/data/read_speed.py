@@ -1,4 +1,4 @@
-"""How fast AllInOneDataset reads, from loose files and from an LMDB, and where the time goes.
+"""How fast CEADataset reads, from loose files and from an LMDB, and where the time goes.
 
 python -m cea_arch.data.read_speed --images photos
 """
@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import torch
 
-from cea_arch.data.all_in_one_dataset import AllInOneDataset
+from cea_arch.data.cea_dataset import CEADataset
 from cea_arch.data.image_store import ImageStore
 from cea_arch.data.lmdb_writer import write_lmdb
 from cea_arch.errors import UserError
@@ -55,7 +55,7 @@ def measure(images: str, lmdb: Path, gt_size: int, count: int, rounds: int) -> l
     for name, store in (('files', files), ('LMDB', ImageStore(lmdb))):
         source = {'degradation': 'paired', 'dataroot_gt': str(store.root), 'dataroot_lq': str(store.root)}
         options = {'name': name, 'phase': 'train', 'gt_size': gt_size, 'sources': {'all': source}}
-        dataset = AllInOneDataset(options)
+        dataset = CEADataset(options)
         keys = list(store.sizes)[:count]
         data = [store.read_bytes(key) for key in keys]
         works = {

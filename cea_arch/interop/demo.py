@@ -26,7 +26,7 @@ MAPS_NOTE = (
 def run(args: argparse.Namespace) -> None:
     """Serve the page until interrupted."""
     keep_freed_memory()
-    restorer = Restorer(args.model, args.device)
+    restorer = Restorer(args.model, args.device, network_g=args.network_g)
     with tempfile.TemporaryDirectory(prefix='cea_demo_') as folder:
         page = serve(build_page(restorer, Path(folder)), args.host, args.port)
         print(f'The page is at {page.local_url} ({restorer.device}); Ctrl-C ends it.', flush=True)

@@ -5,6 +5,7 @@ heads and strides of the hyper-adapters, routing and RankNorm. The paper's are t
 nothing confirms them. :func:`load` reads what the file says.
 """
 
+import copy
 import re
 import warnings
 from collections.abc import Mapping
@@ -20,12 +21,13 @@ from cea_arch.layers import cea_state_dict, inject_cea
 from cea_arch.networks.cea_ir import CEAIR, NUM_LEVELS, STAGES, named_size
 from cea_arch.networks.from_file import load_network
 from cea_arch.networks.with_cea import need_whole
-from cea_arch.restoring.fitting import find_fit
+from cea_arch.restoring.fitting import Fit, find_fit
 
 spandrel = need('spandrel', 'spandrel', 'This module')
 
 # where spandrel's own implementation of a network names a block otherwise than BasicSR's
 RENAMED = {'ESRGAN': (r'body\.(\d+)', r'model.1.sub.\1')}
+PROBED = 64  # pixels: the side of what networks are tried on that spandrel does not know
 ASSUMED = (
     'the weights do not tell heads, strides, routing and RankNorm of {network}: 4, 2, signed and true are taken. '
     'cea_arch.interop.spandrel.load reads what the file says.'
@@ -41,16 +43,52 @@ def install() -> None:
     registry.add(*supports, ignore_duplicates=True)
 
 
-def load(path: str | Path) -> spandrel.ImageModelDescriptor:
+def load(path: str | Path, network_g: Mapping[str, Any] | None = None) -> spandrel.ImageModelDescriptor:
     """A descriptor of the network in a file, by the options that the file holds.
 
+    Args:
+        path: File of weights.
+        network_g: Options of the network, where the file does not say them.
+
     Raises:
-        UserError: As :func:`cea_arch.checkpoints.load_network`, or it restores no RGB pictures.
+        UserError: As :func:`cea_arch.networks.from_file.load_network`, or it restores no RGB pictures.
     """
-    net = load_network(path)
+    net = load_network(path, network_g)
     fit = find_fit(net, torch.device('cpu'))
-    architecture = CEAIRArch() if isinstance(net, CEAIR) else WithCEAArch()
-    return _descriptor(net, architecture, [], fit.scale, 3, spandrel.SizeRequirements(multiple_of=fit.multiple))
+    if isinstance(net, CEAIR):
+        return _descriptor(net, CEAIRArch(), [], fit.scale, 3)
+    weights = {name.removeprefix('base.'): v for name, v in net.state_dict().items() if '.cea.' not in name}
+    try:
+        base = spandrel.MAIN_REGISTRY.load(weights)
+    except Exception:  # whatever it takes other networks' weights for
+        minimum, half, bfloat16 = _smallest(net, fit), _runs_in(net, torch.float16), _runs_in(net, torch.bfloat16)
+    else:
+        minimum, half, bfloat16 = base.size_requirements.minimum, base.supports_half, base.supports_bfloat16
+    size = spandrel.SizeRequirements(minimum=minimum, multiple_of=fit.multiple)
+    return _descriptor(net, WithCEAArch(), [], fit.scale, 3, size, None, half, bfloat16)
+
+
+@torch.no_grad()
+def _smallest(net: nn.Module, fit: Fit) -> int:
+    """The least side of square pictures that a network takes, of powers of two times what sides are multiples of."""
+    side = fit.multiple
+    while side < PROBED:
+        try:
+            net(torch.zeros(1, 3, side, side))
+            return side if side > fit.multiple else 0
+        except (RuntimeError, ValueError, AssertionError, IndexError):
+            side *= 2
+    return side
+
+
+@torch.no_grad()
+def _runs_in(net: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a network computes in a precision, of weights and pictures alike."""
+    try:
+        net = copy.deepcopy(net).to(dtype)
+        return bool(net(torch.full((1, 3, PROBED, PROBED), 0.5, dtype=dtype)).isfinite().all())
+    except (RuntimeError, ValueError, TypeError):
+        return False
 
 
 class CEAIRArch(spandrel.Architecture[CEAIR]):

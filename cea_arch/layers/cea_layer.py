@@ -61,12 +61,13 @@ class CEALayer(nn.Module):
         self.gain = math.sqrt(dim * (rank if routing == 'signed' else 1))
         self.gamma = nn.Parameter(torch.zeros(dim_out))
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Add to ``y = f(x)`` what the tokens of ``x`` assemble.
 
         Args:
             x: Features in the layer's layout, with ``dim`` channels, any number of tokens >= 1.
-            y: Features of the same batch and places, with ``dim_out`` channels.
+            y: Features of the same batch and places, with ``dim_out`` channels. Without them ``x`` is returned, as a
+                target that is an ``nn.Sequential`` runs all its children, this layer too.
 
         Returns:
             A tensor of the shape, dtype and layout of ``y``.
@@ -74,6 +75,8 @@ class CEALayer(nn.Module):
         Raises:
             ValueError: They are not such features.
         """
+        if y is None:
+            return x
         self._check(x, y)
         bases, directions = self.adapter(self.plane(x))
         onto, tokens = as_tokens(y, self.layout), as_tokens(x, self.layout)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from cea_arch.errors import Notice
 from cea_arch.layers.image_wide import Core, ImageWide, Statistics
 from cea_arch.layers.tokens import wide
 
@@ -95,7 +96,7 @@ class WholeImage:
 
     def _warn(self, reason: str) -> None:
         self.exact = False
-        warnings.warn(f'{reason}: what they read of the whole image is approximate.', stacklevel=2)
+        warnings.warn(f'{reason}: what they read of the whole image is approximate.', Notice, stacklevel=2)
 
 
 def scale_of(pixels: int, cells: int) -> float:

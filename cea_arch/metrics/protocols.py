@@ -26,24 +26,24 @@ class Protocol:
 
 
 def _float_metrics(ssim: str, **options: bool) -> dict[str, dict[str, Any]]:
-    return {'psnr': {'type': 'calculate_psnr_float', **options}, 'ssim': {'type': ssim, **options}}
+    return {'psnr': {'type': 'calculate_cea_psnr', **options}, 'ssim': {'type': ssim, **options}}
 
 
 PROTOCOLS = {
     'aio': Protocol(
         'float RGB clipped to [0, 1], centre crop to multiples of 16, SSIM 7x7 (AirNet, PromptIR, AdaIR, DFPIR)',
         16,
-        _float_metrics('calculate_ssim_uniform'),
+        _float_metrics('calculate_cea_ssim_uniform'),
     ),
     'moce-ir': Protocol(
         'float RGB clipped to [0, 1], centre crop to multiples of 16, SSIM 11x11 Gaussian (MoCE-IR)',
         16,
-        _float_metrics('calculate_ssim_gaussian'),
+        _float_metrics('calculate_cea_ssim_gaussian'),
     ),
     'onerestore': Protocol(
         'RGB rounded to 8 bits, as in saved files, whole images, SSIM 7x7 (OneRestore, BioIR on CDD-11)',
         1,
-        _float_metrics('calculate_ssim_uniform', eight_bit=True),
+        _float_metrics('calculate_cea_ssim_uniform', eight_bit=True),
     ),
     'basicsr': Protocol(
         "8-bit images, whole, BasicSR's own PSNR and SSIM (11x11 Gaussian, population covariance)",

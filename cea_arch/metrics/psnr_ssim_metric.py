@@ -17,7 +17,7 @@ def of_float_rgb(metric: Callable[..., float]) -> Callable[..., float]:
 
 
 @of_float_rgb
-def calculate_psnr_float(img: np.ndarray, img2: np.ndarray, eight_bit: bool = False) -> float:
+def calculate_cea_psnr(img: np.ndarray, img2: np.ndarray, eight_bit: bool = False) -> float:
     """Peak signal-to-noise ratio in dB, over all pixels and channels; infinite for equal images.
 
     With ``eight_bit`` both images are rounded to 8-bit levels first, as saving them would.
@@ -28,13 +28,13 @@ def calculate_psnr_float(img: np.ndarray, img2: np.ndarray, eight_bit: bool = Fa
 
 
 @of_float_rgb
-def calculate_ssim_uniform(img: np.ndarray, img2: np.ndarray, eight_bit: bool = False) -> float:
+def calculate_cea_ssim_uniform(img: np.ndarray, img2: np.ndarray, eight_bit: bool = False) -> float:
     """SSIM with a uniform 7 x 7 window and sample covariance (AirNet, PromptIR, AdaIR, DFPIR, OneRestore)."""
     return _ssim(img, img2, 7, eight_bit)
 
 
 @of_float_rgb
-def calculate_ssim_gaussian(img: np.ndarray, img2: np.ndarray, eight_bit: bool = False) -> float:
+def calculate_cea_ssim_gaussian(img: np.ndarray, img2: np.ndarray, eight_bit: bool = False) -> float:
     """SSIM with an 11 x 11 Gaussian window, sigma 1.5, and sample covariance (MoCE-IR)."""
     return _ssim(img, img2, 11, eight_bit, gaussian_weights=True)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cea_arch.data.all_in_one_dataset import centre_crop
+from cea_arch.data.cea_dataset import centre_crop
 from cea_arch.data.image_store import ImageStore
 from cea_arch.data.pairing import pair_keys
 from cea_arch.errors import UserError

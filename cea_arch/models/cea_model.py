@@ -21,6 +21,7 @@ from cea_arch.models.resuming import differences, made_with, take_up
 from cea_arch.models.training_step import TrainingStep, build_optimizer, checkpoint_activations, memory_format
 from cea_arch.models.validation import ValidatedModel
 from cea_arch.networks.with_cea import WithCEA
+from cea_arch.plugins import loaded_plugins
 from cea_arch.threads import ThreadChooser
 
 
@@ -170,7 +171,9 @@ class CEAModel(ValidatedModel):
         weights = {
             key: {name: value.cpu() for name, value in state.items()} for key, state in zip(keys, states, strict=True)
         }
-        weights['network_g'] = self.opt['network_g']
+        weights['network_g'] = dict(self.opt['network_g'])
+        if plugins := loaded_plugins(with_folders=False):
+            weights['plugins'] = plugins
         label = 'latest' if current_iter == -1 else current_iter
         write_checkpoint(weights, os.path.join(self.opt['path']['models'], f'{net_label}_{label}.pth'))
 

@@ -18,6 +18,7 @@ ABSENT = 'absent'
 def made_with(opt: dict[str, Any]) -> dict[str, Any]:
     """The options that decide how a training goes, to be stored with its state."""
     options = {key: deepcopy(opt[key]) for key in KEPT if key in opt}
+    options['network_g'] = dict(options['network_g'])
     options['datasets'] = {'train': deepcopy(opt['datasets'].get('train'))}
     return options
 

@@ -34,9 +34,11 @@ def build_network(options: Mapping[str, Any]) -> nn.Module:
         raise UserError(f'network {kind!r} cannot be built: {error}') from error
 
 
-def network_options(content: Mapping[str, Any], path: str | os.PathLike) -> dict[str, Any]:
-    """The network's options, from the file or, for CEAIR's named sizes, from the shapes of its weights."""
-    options = content.get('network_g')
+def network_options(
+    content: Mapping[str, Any], path: str | os.PathLike, given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The network's options: ``given``, or from the file or, for CEAIR's named sizes, the shapes of its weights."""
+    options = given or content.get('network_g')
     if isinstance(options, Mapping):
         return dict(options)
     weights = weights_of(content, path)
@@ -44,25 +46,45 @@ def network_options(content: Mapping[str, Any], path: str | os.PathLike) -> dict
         return {'type': 'CEAIR', 'size': size}
     raise UserError(
         f'{path} does not say what network it holds, and its {len(weights)} weights are not those of CEAIR in size '
-        f'{", ".join(SIZES)}: expected options under network_g, as CEAModel writes them.'
+        f'{", ".join(SIZES)}: expected options under network_g, as CEAModel writes them. `-opt OPTIONS.yml` takes them '
+        'from the file that it was trained with.'
     )
 
 
-def load_network(path: str | os.PathLike) -> nn.Module:
+def load_network(path: str | os.PathLike, options: Mapping[str, Any] | None = None) -> nn.Module:
     """The network that a file holds, with its weights in float32, in evaluation mode.
+
+    Args:
+        path: File of weights.
+        options: Of the network, as in ``network_g``, where the file does not say them.
 
     Raises:
         UserError: No such file, not a file of weights, an unknown network, or weights that do not fit it.
     """
-    return network_in(read_checkpoint(path), path)
+    return network_in(read_checkpoint(path), path, options)
 
 
-def network_in(content: Mapping[str, Any], path: str | os.PathLike) -> nn.Module:
+def network_in(
+    content: Mapping[str, Any], path: str | os.PathLike, options: Mapping[str, Any] | None = None
+) -> nn.Module:
     """As :func:`load_network`, from the content of the file."""
     weights = weights_of(content, path)
     need_whole(weights, path)
-    options = network_options(content, path)
-    net = build_network(options)
+    options = network_options(content, path, options)
+    net = build_stored(content, options)
     check_fit(net.state_dict(), weights, f'{path} does not fit {options.get("type")}')
     net.load_state_dict(weights)
     return net.eval()
+
+
+def build_stored(content: Mapping[str, Any], options: Mapping[str, Any]) -> nn.Module:
+    """As :func:`build_network`; an error says which plugins a file's network was trained with. They are not imported
+    unasked."""
+    try:
+        return build_network(options)
+    except UserError as error:
+        names = content.get('plugins')
+        if not isinstance(names, list) or not names:
+            raise
+        flags = ' '.join(f'--plugin {name}' for name in names)
+        raise UserError(f'{error} The file was made with plugins: {flags} imports them.') from error

@@ -103,6 +103,22 @@ class WithCEA(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
 
+class NetworkOptions(dict):
+    """Options of :class:`WithCEA` in which models of others find what they look for: those of ``base``, too."""
+
+    def __missing__(self, key: str) -> Any:
+        return dict(self).get('base', {})[key]
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or key in dict(self).get('base', {})
+
+    def get(self, key: str, default: Any = None) -> Any:
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+
 def auto_targets(kind: str) -> list[str]:
     """The preset of an architecture.
 

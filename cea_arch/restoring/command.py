@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from cea_arch import distributed
 from cea_arch.data.pictures import Picture, picture_size, read_picture
-from cea_arch.errors import UserError
+from cea_arch.errors import Notice, UserError
 from cea_arch.files import refuse_to_replace
 from cea_arch.restoring.jobs import Job, Naming, Plan, find_jobs
 from cea_arch.restoring.maps import RoutingMaps, draw_maps
@@ -79,8 +79,16 @@ def _restorer(args: argparse.Namespace) -> Restorer:
     device = args.device if args.gpu_id is None else f'cuda:{args.gpu_id}'
     if device == 'auto' and distributed.size() > 1:
         device = distributed.own_device()
-    precision, conditioning = args.precision, args.conditioning
-    restorer = Restorer(args.model, device, precision, args.tile, args.overlap, conditioning, strength=args.strength)
+    restorer = Restorer(
+        args.model,
+        device,
+        args.precision,
+        args.tile,
+        args.overlap,
+        args.conditioning,
+        strength=args.strength,
+        network_g=args.network_g,
+    )
     if restorer.device.type == 'cpu':
         restorer.threads = ThreadChooser()
     if args.maps:
@@ -188,8 +196,13 @@ def _joined_processes() -> Iterator[None]:
 
 @contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    """Print warnings as the command's own lines, above the progress bar."""
+    """Print notices as the command's own lines, above the progress bar; other people's warnings, once, as they are."""
+
+    def show(message: Warning, kind: type, file: str, line: int, *_: object) -> None:
+        text = f'cea restore: {message}' if issubclass(kind, Notice) else f'{file}:{line}: {kind.__name__}: {message}'
+        tqdm.write(text, file=sys.stderr)
+
     with warnings.catch_warnings():
-        warnings.simplefilter('always', UserWarning)
-        warnings.showwarning = lambda message, *_: tqdm.write(f'cea restore: {message}', file=sys.stderr)
+        warnings.simplefilter('always', Notice)
+        warnings.showwarning = show
         yield

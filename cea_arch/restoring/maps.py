@@ -23,7 +23,8 @@ class RoutingMaps:
     """Records the affinities, G = X A^T, of one target of one hyper-adapter while its network restores.
 
     Args:
-        net: Network with CEA in features that have rows and columns.
+        net: Network with CEA. Tokens without rows and columns of their own, as SwinIR's, are taken to be those of the
+            picture or of a smaller one, row by row.
         name: A layer, such as ``decoder.0.0.attn.cea``, or one of its targets, ``decoder.0.0.attn.cea.q``; by default
             the last layer, and of a layer its first target.
 
@@ -32,11 +33,7 @@ class RoutingMaps:
     """
 
     def __init__(self, net: nn.Module, name: str | None = None) -> None:
-        layers = {
-            name.removesuffix('.adapter'): m
-            for name, m in net.named_modules()
-            if isinstance(m, HyperAdapter) and m.spec.condense
-        }
+        layers = {name.removesuffix('.adapter'): m for name, m in net.named_modules() if isinstance(m, HyperAdapter)}
         if not layers:
             raise UserError('the network has no CEA layer whose routing could be drawn.')
         first = {layer: next(iter(m.spec.parts)) for layer, m in layers.items()}
@@ -46,23 +43,30 @@ class RoutingMaps:
         if self.name not in known:
             raise UserError(f'no CEA layer {name!r}.{suggest(name, known)} There are {", ".join(layers)}.')
         layer, self.target = known[self.name]
+        self.net = net
         self.adapter = layers[layer]
         self.maps: Tensor | None = None
         self._latest: Tensor | None = None
+        self._size = (0, 0)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """See what the layer does; afterwards ``maps`` are the affinities of the picture, ``(r, h, w)`` on the CPU."""
         self.maps = None
-        handle = self.adapter.register_forward_hook(self._record)
+        handles = [self.net.register_forward_pre_hook(self._note), self.adapter.register_forward_hook(self._record)]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def place(self, rows: Span, columns: Span, size: tuple[int, int]) -> None:
-        """Put the affinities of the tile just run into those of the picture of ``size`` (height, width) in pixels."""
-        tile = self._latest
+        """Put the affinities of the tile just run into those of the picture of ``size`` (height, width) in pixels.
+
+        Raises:
+            UserError: The layer's tokens cannot be laid out as a picture.
+        """
+        tile = self._laid_out()
         lengths = (rows.stop - rows.start, columns.stop - columns.start)
         scales = [scale_of(pixels, cells) for pixels, cells in zip(lengths, tile.shape[1:])]
         if self.maps is None:
@@ -73,8 +77,21 @@ class RoutingMaps:
         # what lies beyond the core is put too, and replaced by the tile that it belongs to
         part[:, inner[0] :, inner[1] :] = tile[:, inner[0] : part.shape[1], inner[1] : part.shape[2]]
 
+    def _note(self, net: nn.Module, args: tuple) -> None:
+        self._size = args[0].shape[-2:]
+
     def _record(self, adapter: HyperAdapter, args: tuple, factors: Factors) -> None:
         self._latest = adapter.affinities(args[0], factors)[self.target][0].float().cpu()
+
+    def _laid_out(self) -> Tensor:
+        """The latest affinities, ``(r, h, w)``; where tokens have no rows, as many rows as the picture's shape has."""
+        if self.adapter.spec.condense:
+            return self._latest
+        count, (height, width) = self._latest.shape[1], self._size
+        step = round(math.sqrt(height * width / count))
+        if height * width != count * step**2:
+            raise UserError(f'{self.name} reads {count} tokens, which are no rows of a {width} x {height} picture.')
+        return self._latest.reshape(-1, height // step, width // step)
 
 
 def draw_maps(maps: Tensor) -> np.ndarray:

@@ -2,10 +2,11 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cea_arch.errors import UserError
+from cea_arch.errors import Notice, UserError
 from cea_arch.files import PACKAGED_WEIGHTS
 from cea_arch.layers.whole_image import WholeImage
 from cea_arch.networks.from_file import load_network
@@ -67,6 +68,7 @@ class Restorer:
             tiles; ``tile``: each has its own, which is faster and shows.
         progress: Called after each tile with the number of tiles done and the number of all.
         strength: What comes out is so much of the result and else the input: 0 is the input, 1 the result.
+        network_g: Options of the network in the file ``model``, where it does not say them.
 
     Attributes:
         maps: A :class:`cea_arch.restoring.maps.RoutingMaps` of the network, to be filled by each call; none by default.
@@ -86,6 +88,7 @@ class Restorer:
         conditioning: str = 'whole',
         progress: Callable[[int, int], None] = lambda done, total: None,
         strength: float = 1.0,
+        network_g: Mapping[str, Any] | None = None,
     ) -> None:
         for name, value, known in (
             ('precision', precision, PRECISIONS),
@@ -99,7 +102,7 @@ class Restorer:
             raise UserError(f'strength must be from 0, the input, to 1, the result; got {strength!r}.')
         check_tiles(0 if tile == 'auto' else tile, overlap)
         self.device = choose_device(device)
-        net = model if isinstance(model, nn.Module) else load_network(model)
+        net = model if isinstance(model, nn.Module) else load_network(model, network_g)
         self.net = net.to(self.device).eval()
         self.dtype = PRECISIONS[precision]
         self.tile = tile
@@ -154,7 +157,9 @@ class Restorer:
                         raise
                 tile = max(max(height, width) // 2 // ALIGN * ALIGN, MIN_TILE)
                 warnings.warn(
-                    f'out of memory for {width} x {height} pixels at once: trying tiles of {tile}.', stacklevel=3
+                    f'out of memory for {width} x {height} pixels at once: trying tiles of {tile}.',
+                    Notice,
+                    stacklevel=3,
                 )
             self._paint_tiles(canvas, tile)
 
@@ -176,6 +181,7 @@ class Restorer:
         warnings.warn(
             f'{wide} x {high} pixels at once want some {high * wide * self.bytes_per_pixel / 1e9:.1f} GB, and '
             f'{free / 1e9:.1f} GB are free: tiles of {tile} are taken instead of {self.tile or "the whole picture"}.',
+            Notice,
             stacklevel=4,
         )
         return tile
@@ -190,7 +196,7 @@ class Restorer:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            warnings.warn(f'out of memory for tiles of {size} pixels: trying smaller ones.', stacklevel=4)
+            warnings.warn(f'out of memory for tiles of {size} pixels: trying smaller ones.', Notice, stacklevel=4)
         raise UserError(f'out of memory even for tiles of {size} pixels; choose another device.')
 
     def _run_tiles(self, canvas: Canvas, whole: WholeImage | None, tile: int, overlap: int) -> None:
@@ -204,7 +210,7 @@ class Restorer:
         """The network's output for ``x``, both on the CPU, float32."""
         restored = self._forward(x.to(self.device))
         if self.dtype != torch.float32 and not restored.isfinite().all():
-            warnings.warn('this precision gave numbers that are not finite: going on in fp32.', stacklevel=4)
+            warnings.warn('this precision gave numbers that are not finite: going on in fp32.', Notice, stacklevel=4)
             self.dtype = torch.float32
             restored = self._forward(x.to(self.device))
         return self._blended(x, restored.cpu())
@@ -280,7 +286,7 @@ def _check_values(lowest: float, highest: float) -> None:
         hint = f' Divide by {255 if highest <= 255 else 65535} first.' if lowest >= 0 and highest <= 65535 else ''
         raise UserError(f'expected floats in [0, 1], found {lowest:g} to {highest:g}.{hint}')
     if lowest < 0 or highest > 1:
-        warnings.warn(f'values of {lowest:g} to {highest:g} are clipped to [0, 1].', stacklevel=3)
+        warnings.warn(f'values of {lowest:g} to {highest:g} are clipped to [0, 1].', Notice, stacklevel=3)
 
 
 def enlarged(pixels: np.ndarray, scale: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cea_arch.errors import UserError, need
+from cea_arch.errors import Notice, UserError, need
 from cea_arch.files import written_beside
 from cea_arch.restoring.restorer import Restorer, restore
 
@@ -62,7 +62,7 @@ def restore_clip(
         ):
             transcoding = _Transcoding(clip, out, encoder, restorer)
             for note in transcoding.run(progress):
-                warnings.warn(f'{source}: {note}.', stacklevel=2)
+                warnings.warn(f'{source}: {note}.', Notice, stacklevel=2)
 
 
 def clip_size(source: Path) -> tuple[int, int, int]:

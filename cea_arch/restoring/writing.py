@@ -15,7 +15,7 @@ from PIL import Image
 from cea_arch.data import jpeg, png
 from cea_arch.data.exif import count_of, descriptive
 from cea_arch.data.pictures import Picture, as_rgb
-from cea_arch.errors import UserError
+from cea_arch.errors import Notice, UserError
 from cea_arch.files import refuse_to_replace, written_beside
 
 # 8-bit encoders' settings; lossy ones near the point where more bytes show nothing
@@ -44,7 +44,7 @@ def write_picture(path: Path, picture: Picture, overwrite: bool = False) -> None
     with written_beside(path) as aside:
         aside.write_bytes(data)
     if lost:
-        warnings.warn(f'{path}: without {", ".join(lost)}, which {picture.format} cannot hold.', stacklevel=2)
+        warnings.warn(f'{path}: without {", ".join(lost)}, which {picture.format} cannot hold.', Notice, stacklevel=2)
 
 
 def as_format(picture: Picture, format: str) -> Picture:

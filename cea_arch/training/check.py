@@ -17,6 +17,7 @@ from basicsr.models import build_model
 
 from cea_arch import distributed
 from cea_arch.data.benchmarks import stored_in
+from cea_arch.errors import UserError, told
 from cea_arch.metrics.protocols import PROTOCOLS
 from cea_arch.models.cea_model import CEAModel
 from cea_arch.networks.with_cea import WithCEA
@@ -70,8 +71,13 @@ def run(args: argparse.Namespace) -> int:
     if is_train and args.steps > 0:
         one = several | {'dist': False, 'train': several['train'] | {'total_batch_size': None}}  # of the processes
         one['num_gpu'] = min(parsed['num_gpu'], 1) if args.processes > 1 else parsed['num_gpu']
-        with let_go():
-            steps = take_steps(one, args.steps)
+        try:
+            with let_go():
+                steps = take_steps(one, args.steps)
+        except UserError:
+            raise
+        except Exception as error:  # of a network or model of anybody's
+            raise UserError(f'these options cannot be trained: {told(error)}') from error
         _say_steps(steps, one)
     return 0
 

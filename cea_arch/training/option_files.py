@@ -12,6 +12,7 @@ import yaml
 
 from cea_arch.errors import UserError, suggest
 from cea_arch.files import written_beside
+from cea_arch.plugins import load_plugins, loaded_plugins
 
 _EXPONENT = re.compile(r'^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$')
 _HINTS = {  # to what PyYAML says
@@ -37,9 +38,10 @@ class OptionLoader(yaml.SafeLoader):
         return node
 
     def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
-        """A float; of whole numbers with an exponent, such as ``5e3`` iterations, an int."""
+        """A float; of whole numbers with an exponent or no point, such as ``!!float 5e3`` iterations, an int."""
         value = super().construct_yaml_float(node)
-        return int(value) if 'e' in node.value.lower() and value.is_integer() else value
+        exact = 'e' in node.value.lower() or '.' not in node.value
+        return int(value) if exact and value.is_integer() else value
 
 
 class OptionDumper(yaml.SafeDumper):
@@ -75,9 +77,9 @@ class Options(dict):
         except UserError as error:
             if error.label is None:
                 raise
-            raise UserError(f'{self._place(error.label)}: {error}') from error
+            raise UserError(f'{self.place(error.label)}: {error}') from error
 
-    def _place(self, label: str) -> str:
+    def place(self, label: str) -> str:
         """Of the option, or of the section around it that was said."""
         while label:
             for name, lines in reversed(self.said):
@@ -93,7 +95,7 @@ def load_options(path: str, inherited_by: tuple[str, ...] = ()) -> Options:
     Mappings are merged key by key, everything else takes the place of what was inherited, and ``~`` removes it.
 
     Args:
-        path: The file; those that it inherits are looked for from its folder.
+        path: The file; those that it inherits, and files of plugins, are looked for from its folder.
         inherited_by: The files that led to it.
 
     Raises:
@@ -107,6 +109,9 @@ def load_options(path: str, inherited_by: tuple[str, ...] = ()) -> Options:
         )
     names = content.pop('inherits', None) or []
     names = names if isinstance(names, list) else [names]
+    if isinstance(plugins := content.get('plugins'), list):
+        folder = Path(path).parent.absolute()
+        content['plugins'] = [str(folder / p) if str(p).endswith('.py') else p for p in plugins]
     opt = Options(path, [])
     where = f'{path}, line {lines["inherits"]}' if names else path
     for name in names:
@@ -125,6 +130,33 @@ def load_options(path: str, inherited_by: tuple[str, ...] = ()) -> Options:
     _merge(opt, content) if names else opt.update(content)
     opt.said.append((path, lines))
     return opt
+
+
+def network_section(path: str) -> dict[str, Any]:
+    """What an option file says of its ``network_g``, with its plugins imported; the rest of it is not checked.
+
+    Raises:
+        UserError: As :func:`load_options`, or there is no such section.
+    """
+    opt = load_options(path)
+    with opt.placing():
+        import_plugins(opt)
+        if not isinstance(opt.get('network_g'), dict):
+            raise UserError(f'network_g must be a mapping with a type, got {opt.get("network_g")!r}.', 'network_g')
+    return opt['network_g']
+
+
+def import_plugins(opt: dict[str, Any]) -> None:
+    """Import what ``plugins`` names; what has been imported otherwise is added to it, so that it is stored."""
+    plugins = opt.get('plugins') or []
+    if not isinstance(plugins, list) or not all(isinstance(name, str) for name in plugins):
+        raise UserError(f'plugins must be a list of modules or files, got {plugins!r}.', 'plugins')
+    try:
+        load_plugins(plugins, 'plugins')
+    except UserError as error:
+        raise UserError(str(error), 'plugins') from error
+    if loaded := loaded_plugins():
+        opt['plugins'] = loaded
 
 
 def apply_setting(opt: Options, entry: str, separator: str) -> None:

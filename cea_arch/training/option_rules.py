@@ -3,10 +3,11 @@
 import importlib
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
+from basicsr.models.base_model import BaseModel
 from basicsr.utils.registry import (
     ARCH_REGISTRY,
     DATASET_REGISTRY,
@@ -16,10 +17,12 @@ from basicsr.utils.registry import (
 )
 from torch import optim
 
-from cea_arch.data.all_in_one_dataset import DATASET_RULES
+from cea_arch.data.cea_dataset import DATASET_RULES
+from cea_arch.errors import PLUGINS
 from cea_arch.metrics.protocols import PROTOCOLS
 from cea_arch.models.cea_model import CEAModel
 from cea_arch.models.training_step import AMP, OPTIMIZERS
+from cea_arch.networks.with_cea import WithCEA
 from cea_arch.rules import (
     ANY,
     FLAG,
@@ -47,6 +50,7 @@ _NETWORK, _LOSS, _DATASET = ({'$ref': f'#/$defs/{name}'} for name in ('network',
 
 TOP = {
     'inherits': either(TEXT, list_of(TEXT)),
+    'plugins': list_of(TEXT, 0),
     'name': TEXT,
     'model_type': TEXT,
     'scale': whole(),
@@ -129,6 +133,11 @@ SCHEDULER = {
 }
 LOSS = {'loss_weight': _NOT_NEGATIVE, 'reduction': one_of('none', 'mean', 'sum'), 'layer_weights': {'type': 'object'}}
 METRIC = {'crop_border': whole(0), 'input_order': one_of('HWC', 'CHW'), 'test_y_channel': FLAG}
+UNREAD = {  # what option files of BasicSR and of packages for it say beside what is read
+    '': {'suffix', 'save_img', 'crop_border', 'network_d', 'task', 'print_network'},
+    'datasets': {'use_shuffle', 'padding', 'interval_list', 'dataroot_flow', 'task'},
+    'train': {'net_d_iters', 'net_d_init_iters', 'gan_opt', 'optim_d'},
+}
 SCHEDULERS = {
     'MultiStepLR': 'MultiStepRestartLR',
     'MultiStepRestartLR': 'MultiStepRestartLR',
@@ -155,13 +164,13 @@ def options_schema() -> Rule:
     """The rules of a whole option file, for what is registered now."""
     models = {name: _model(model) for name, model in _registered(MODEL_REGISTRY).items()}
     return {
-        **typed(models, 'model_type'),
+        **typed(models, 'model_type', PLUGINS),
         'required': ['name', 'model_type', 'network_g', 'datasets'],
         '$defs': {
-            'network': typed({name: _network(name, net) for name, net in _registered(ARCH_REGISTRY).items()}),
-            'dataset': typed({name: _dataset(dataset) for name, dataset in _registered(DATASET_REGISTRY).items()}),
-            'loss': typed({name: arguments(loss, LOSS) for name, loss in _registered(LOSS_REGISTRY).items()}),
-            'metric': typed({name: _metric(metric) for name, metric in _registered(METRIC_REGISTRY).items()}),
+            'network': _of_registry(ARCH_REGISTRY, _network),
+            'dataset': _of_registry(DATASET_REGISTRY, _dataset),
+            'loss': _of_registry(LOSS_REGISTRY, lambda loss: arguments(loss, LOSS)),
+            'metric': _of_registry(METRIC_REGISTRY, _metric),
             'optimizer': typed({name: _optimizer(name) for name in OPTIMIZERS}),
             'basicsr_optimizer': typed({'Adam': _optimizer('Adam')}),
             'scheduler': typed({name: _scheduler(name) for name in SCHEDULERS}),
@@ -184,6 +193,10 @@ def _registered(registry: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """What is registered, BasicSR's own also without the suffix that its registry finds them by."""
     exact = dict(iter(registry))
     return {name.removesuffix('_basicsr'): value for name, value in exact.items()} | exact
+
+
+def _of_registry(registry: Iterable[tuple[str, Any]], rule: Callable[[Any], Rule]) -> Rule:
+    return typed({name: rule(item) for name, item in _registered(registry).items()}, hint=PLUGINS)
 
 
 def _model(model: type) -> Rule:
@@ -225,6 +238,12 @@ def _keys_read(cls: type, name: str) -> set[str]:
     return {key for pattern in patterns for key in re.findall(pattern, '\n'.join(parts))}
 
 
+def needed_of_network(model: type) -> set[str]:
+    """The options of ``network_g`` that the source of a model reads and cannot do without."""
+    parts = [inspect.getsource(part) for part in model.__mro__ if issubclass(part, BaseModel)]
+    return set(re.findall(r"opt\['network_g'\]\['(\w+)'\]", '\n'.join(parts)))
+
+
 def _guess(keys: set[str], known: dict[str, Rule]) -> dict[str, Rule]:
     """Rules of keys by BasicSR's way to name them."""
     runtime = {'is_train', 'dist', 'rank', 'world_size', 'phase', 'train', 'val', 'path', 'datasets', 'logger'}
@@ -236,8 +255,8 @@ def _guess(keys: set[str], known: dict[str, Rule]) -> dict[str, Rule]:
     return rules
 
 
-def _network(name: str, network: type) -> Rule:
-    return arguments(network, {'base': _NETWORK} if name == 'WithCEA' else {})
+def _network(network: type) -> Rule:
+    return arguments(network, {'base': _NETWORK} if network is WithCEA else {})
 
 
 def _dataset(dataset: type) -> Rule:

@@ -1,5 +1,6 @@
 """Option files: read safely, filled with defaults, and checked before anything is built or written."""
 
+import warnings
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -7,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY
+from basicsr.utils.registry import ARCH_REGISTRY, DATASET_REGISTRY, MODEL_REGISTRY
 from torch import nn
 from torch.utils.data import Dataset
 
 from cea_arch import distributed
 from cea_arch.checkpoints import check_fit, read_checkpoint, weights_of
-from cea_arch.errors import UserError, lookup
+from cea_arch.errors import Notice, UserError, lookup, told
 from cea_arch.metrics.protocols import find_protocol
-from cea_arch.networks.with_cea import WithCEA, holds_layers_alone
+from cea_arch.networks.with_cea import NetworkOptions, WithCEA, holds_layers_alone
 from cea_arch.rules import Checker, section
-from cea_arch.training.option_files import Options, apply_setting, load_options
-from cea_arch.training.option_rules import homes, options_schema
+from cea_arch.training.option_files import Options, apply_setting, import_plugins, load_options
+from cea_arch.training.option_rules import UNREAD, homes, needed_of_network, options_schema
 from cea_arch.training.rehearsal import rehearse
 
 LONGEST_NAME = 150  # bytes; what BasicSR and we put around it, such as train_*_20260101_000000.log, must fit as well
@@ -68,13 +69,26 @@ def read_options(path: str, settings: list[str] | None = None, force_yml: list[s
     _fill(opt)
     if isinstance(opt.get('train'), dict) and opt['train'].get('amp') is False:
         opt['train']['amp'] = 'off'  # which YAML takes for false
-    schema = options_schema()
     with opt.placing():
-        Checker(schema['$defs'], homes()).check(opt, schema, '')
+        import_plugins(opt)
+        schema = options_schema()
+        checker = Checker(schema['$defs'], homes(), UNREAD)
+        checker.check(opt, schema, '')
         _check_names(opt)
         _check_loaders(opt['datasets'])
         _apply_protocol(opt)
+    _say_unread(opt, checker.passed_over)
     return opt
+
+
+def _say_unread(opt: Options, labels: list[str]) -> None:
+    """Say once for each key that it is read by nothing, however many sections have it."""
+    keys: dict[str, list[str]] = {}
+    for label in labels:
+        keys.setdefault(label.rpartition('.')[2], []).append(label)
+    for first, *more in keys.values():
+        others = f', and {len(more)} like it,' if more else ''
+        warnings.warn(f'{opt.place(first)}: {first}{others} is read by nothing.', Notice, stacklevel=3)
 
 
 def read_network(path: str, base: bool = False) -> nn.Module:
@@ -83,8 +97,10 @@ def read_network(path: str, base: bool = False) -> nn.Module:
     Raises:
         UserError: As :func:`check_options`.
     """
-    opt, definitions = load_options(path), options_schema()['$defs']
+    opt = load_options(path)
     with opt.placing():
+        import_plugins(opt)
+        definitions = options_schema()['$defs']
         Checker(definitions).check(opt, section({'network_g': definitions['network']}, ['network_g'], closed=False), '')
         options = opt['network_g']
         if base and 'base' in options:
@@ -115,6 +131,7 @@ def check_options(opt: dict[str, Any], may_miss: bool = False) -> Parts:
         raise UserError('path.pretrain_network_g is missing: without it, untrained weights would be tested.', 'path')
     if opt['is_train']:
         _check_training(opt)
+    _check_model(opt)
     networks = {key: build_network(opt[key], key, missing) for key in opt if key.startswith('network_')}
     parts = Parts(networks['network_g'], missing=missing)
     if 'path.pretrain_network_g' not in missing:
@@ -169,6 +186,8 @@ def _check_loaders(datasets: dict[str, Any]) -> None:
 def complete(opt: dict[str, Any]) -> dict[str, Any]:
     """What BasicSR's parser made of an option file, with what our options stand for: protocol, batch of all devices."""
     opt = deepcopy(opt)
+    import_plugins(opt)
+    opt |= {key: NetworkOptions(opt[key]) for key in opt if key.startswith('network_')}
     _apply_protocol(opt)
     return distributed.spread_batch(opt)
 
@@ -188,7 +207,7 @@ def _apply_protocol(opt: dict[str, Any]) -> None:
             )
     opt['val']['metrics'] = deepcopy(protocol.metrics) | given
     for phase, dataset in opt['datasets'].items():
-        if phase != 'train' and dataset.get('type') == 'AllInOneDataset':
+        if phase != 'train' and dataset.get('type') == 'CEADataset':
             dataset.setdefault('crop_base', protocol.crop_base)
 
 
@@ -197,13 +216,11 @@ def _missing(opt: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
     def walk(value: Any, label: str) -> Iterator[tuple[str, str]]:
         for key, item in value.items():
+            named = key.startswith(('dataroot', 'pretrain', 'resume_state'))
+            named = named or (label.startswith('network_') and key.endswith('_path'))  # as of a SpyNet inside
             if isinstance(item, dict):
                 yield from walk(item, f'{label}.{key}')
-            elif (
-                key.startswith(('dataroot', 'pretrain', 'resume_state'))
-                and item
-                and not Path(item).expanduser().exists()
-            ):
+            elif named and item and not Path(item).expanduser().exists():
                 yield f'{label}.{key}', item
 
     for name in ('datasets', 'path', *(key for key in opt if key.startswith('network_'))):
@@ -212,7 +229,7 @@ def _missing(opt: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def build_network(options: dict[str, Any], label: str, missing: dict[str, str] | None = None) -> nn.Module:
     """The network of a section of the options, without files that are ``missing``; errors name the key."""
-    options = {key: value for key, value in deepcopy(options).items() if f'{label}.{key}' not in (missing or {})}
+    options = _without(deepcopy(options), label, missing or {})
     network = lookup(ARCH_REGISTRY, options.pop('type', None), f'{label}.type')
     if network is WithCEA:
         build_network(options['base'], f'{label}.base')
@@ -221,6 +238,14 @@ def build_network(options: dict[str, Any], label: str, missing: dict[str, str] |
     except (TypeError, ValueError, AssertionError) as error:
         key = str(error).partition(' ')[0]  # what ours begin with
         raise UserError(f'{label}: {error}', f'{label}.{key}' if key in options else label) from error
+    except Exception as error:  # of whoever wrote it
+        raise UserError(f'{label} cannot be built: {told(error)}', label) from error
+
+
+def _without(options: dict[str, Any], label: str, missing: dict[str, str]) -> dict[str, Any]:
+    """Options, and those inside of them, but for what is missing."""
+    kept = {key: value for key, value in options.items() if f'{label}.{key}' not in missing}
+    return {k: _without(v, f'{label}.{k}', missing) if isinstance(v, dict) else v for k, v in kept.items()}
 
 
 def _build_dataset(phase: str, options: dict[str, Any], opt: dict[str, Any]) -> Dataset:
@@ -249,6 +274,14 @@ def _check_weights(path: dict[str, Any], network: nn.Module) -> None:
     weights = weights_of(read_checkpoint(file), file)
     if not holds_layers_alone(weights):
         check_fit(network.state_dict(), weights, f'path.pretrain_network_g: {file} does not fit network_g')
+
+
+def _check_model(opt: dict[str, Any]) -> None:
+    """Raise UserError if the model's source reads an option of ``network_g``, maybe late, that is not there."""
+    model = lookup(MODEL_REGISTRY, opt['model_type'], 'model_type')
+    for key in sorted(needed_of_network(model)):
+        if key not in opt['network_g']:
+            raise UserError(f'network_g.{key} is missing: model_type {opt["model_type"]} reads it.', f'network_g.{key}')
 
 
 def _check_training(opt: dict[str, Any]) -> None:

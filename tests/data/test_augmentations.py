@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from cea_arch.data.all_in_one_dataset import AllInOneDataset
 from cea_arch.data.augmentations import augment, grey, saturate, shrink, tone
+from cea_arch.data.cea_dataset import CEADataset
 from cea_arch.data.degradations import LUMA, chroma_noise, shot_noise
 
 
@@ -80,10 +80,10 @@ def test_a_training_uses_them_and_an_evaluation_does_not(image_folder):
     folder = image_folder('clean', ['a'], (60, 80))
     source = {'degradation': 'gaussian_noise', 'sigmas': 0, 'dataroot_gt': str(folder), 'augment': {'grey': 1}}
     opt = {'name': 't', 'sources': {'x': source}, 'gt_size': 32, 'shrink': 1}
-    sample = AllInOneDataset(opt | {'phase': 'train'})[0]
+    sample = CEADataset(opt | {'phase': 'train'})[0]
     assert sample['gt'].shape == (3, 32, 32)
     assert np.ptp(sample['gt'].numpy(), axis=0).max() == 0
     assert np.array_equal(sample['gt'], sample['lq'])
-    whole = AllInOneDataset(opt | {'phase': 'val'})[0]
+    whole = CEADataset(opt | {'phase': 'val'})[0]
     assert whole['gt'].shape == (3, 60, 80)
     assert np.ptp(whole['gt'].numpy(), axis=0).max() > 0

@@ -7,7 +7,7 @@ import torch
 from basicsr.data import build_dataloader, build_dataset
 from basicsr.data.data_sampler import EnlargedSampler
 
-from cea_arch.data.all_in_one_dataset import AllInOneDataset, centre_crop
+from cea_arch.data.cea_dataset import CEADataset, centre_crop
 from cea_arch.data.image_store import ImageStore
 from cea_arch.data.lmdb_writer import write_lmdb
 from cea_arch.data.pairing import match_keys, pair_keys
@@ -20,7 +20,7 @@ def lmdb_of(folder, destination):
 
 
 def options(phase='train', gt_size=32, **sources):
-    return {'name': 'set', 'type': 'AllInOneDataset', 'phase': phase, 'gt_size': gt_size, 'sources': sources}
+    return {'name': 'set', 'type': 'CEADataset', 'phase': phase, 'gt_size': gt_size, 'sources': sources}
 
 
 def noise(folder, **more):
@@ -52,7 +52,7 @@ def test_sources_repeats_and_samples(image_folder, tmp_path):
 
 def test_crops_and_noise_do_not_repeat_from_epoch_to_epoch(image_folder):
     """The stock loader re-seeds NumPy's and Python's generators alike each time its workers start."""
-    dataset = AllInOneDataset(options(denoise=noise(image_folder('gt', ['a', 'b', 'c', 'd']), sigmas=25)))
+    dataset = CEADataset(options(denoise=noise(image_folder('gt', ['a', 'b', 'c', 'd']), sigmas=25)))
     loader_options = {'phase': 'train', 'batch_size_per_gpu': 1, 'num_worker_per_gpu': 2}
     sampler = EnlargedSampler(dataset, 1, 0)
     loader = build_dataloader(dataset, loader_options, num_gpu=0, sampler=sampler, seed=0)
@@ -80,7 +80,7 @@ def test_crops_and_noise_do_not_repeat_from_epoch_to_epoch(image_folder):
 def test_evaluation_is_fixed_whatever_the_order_folder_or_worker(image_folder, tmp_path, degradation):
     folder = image_folder('gt', ['a', 'b', 'c'])
     source = {'degradation': degradation, 'dataroot_gt': str(folder)}
-    dataset = AllInOneDataset(options('val', all=source))
+    dataset = CEADataset(options('val', all=source))
     forward = {s['gt_path'][-5:]: s['lq'] for s in (dataset[i] for i in (0, 1, 2))}
     torch.manual_seed(99)
     np.random.seed(99)
@@ -89,16 +89,14 @@ def test_evaluation_is_fixed_whatever_the_order_folder_or_worker(image_folder, t
         assert torch.equal(batch['lq'][0], forward[batch['gt_path'][0][-5:]])
     moved = image_folder('elsewhere/gt', ['b'])
     shutil.copy(folder / 'b.png', moved / 'b.png')
-    assert torch.equal(
-        AllInOneDataset(options('val', all=source | {'dataroot_gt': str(moved)}))[0]['lq'], forward['b.png']
-    )
-    other = AllInOneDataset(options('val', all=source) | {'seed': 1})
+    assert torch.equal(CEADataset(options('val', all=source | {'dataroot_gt': str(moved)}))[0]['lq'], forward['b.png'])
+    other = CEADataset(options('val', all=source) | {'seed': 1})
     assert not torch.equal(other[0]['lq'], forward['a.png'])
 
 
 def test_evaluation_crops_the_centre(image_folder):
     source = noise(image_folder('gt', ['a'], (50, 67)))
-    sample = AllInOneDataset(options('val', all=source) | {'crop_base': 16})[0]
+    sample = CEADataset(options('val', all=source) | {'crop_base': 16})[0]
     assert sample['gt'].shape == sample['lq'].shape == (3, 48, 64)
     img = np.arange(50 * 67).reshape(50, 67, 1)
     assert centre_crop(img, 16)[0, 0, 0] == 1 * 67 + 1
@@ -107,26 +105,26 @@ def test_evaluation_crops_the_centre(image_folder):
 @pytest.mark.parametrize('source', [{'degradation': 'jpeg', 'qualities': 10}, {'degradation': 'defocus', 'radii': [3]}])
 def test_degradations_of_one_strength(image_folder, source):
     source |= {'dataroot_gt': image_folder('gt', ['a'], (48, 48))}
-    sample = AllInOneDataset(options('val', x=source))[0]
+    sample = CEADataset(options('val', x=source))[0]
     assert 0.002 < (sample['lq'] - sample['gt']).abs().mean() < 0.4
-    crop = AllInOneDataset(options(x=source, gt_size=16))[0]
+    crop = CEADataset(options(x=source, gt_size=16))[0]
     assert not torch.equal(crop['lq'], crop['gt'])
 
 
 def test_downscaling_is_matlabs_bicubic(image_folder):
     """Of a linear ramp, away from the border, every cubic kernel gives the ramp; aligned as pixel areas are."""
     source = {'degradation': 'downscale', 'scale': 3, 'dataroot_gt': image_folder('gt', ['a'], (49, 65))}
-    sample = AllInOneDataset(options('val', x=source))[0]
+    sample = CEADataset(options('val', x=source))[0]
     assert sample['gt'].shape == (3, 48, 63)
     assert sample['lq'].shape == (3, 16, 21)
-    train = AllInOneDataset(options(x=source, gt_size=24))[0]
+    train = CEADataset(options(x=source, gt_size=24))[0]
     assert (train['gt'].shape, train['lq'].shape) == ((3, 24, 24), (3, 8, 8))
     ramp = np.repeat(np.arange(60, dtype=np.uint8)[None, :, None], 60, 0).repeat(3, 2) * 4
-    small = AllInOneDataset(options('val', x=source)).sources[0].degrade(ramp, None)
+    small = CEADataset(options('val', x=source)).sources[0].degrade(ramp, None)
     assert small.dtype == np.uint8
     np.testing.assert_array_equal(small[2:-2, 2:-2, 0], np.tile((4 + 12 * np.arange(20))[2:-2], (16, 1)))
     with pytest.raises(UserError, match=r'gt_size is 32, no multiple of scale, 3, of x'):
-        AllInOneDataset(options(x=source))
+        CEADataset(options(x=source))
 
 
 def test_sixteen_bit_images_keep_their_depth(tmp_path):
@@ -135,7 +133,7 @@ def test_sixteen_bit_images_keep_their_depth(tmp_path):
         (tmp_path / name).mkdir()
         cv2.imwrite(str(tmp_path / name / 'a.png'), img)
     source = {'degradation': 'paired', 'dataroot_gt': str(tmp_path / 'gt'), 'dataroot_lq': str(tmp_path / 'lq')}
-    sample = AllInOneDataset(options('val', all=source))[0]
+    sample = CEADataset(options('val', all=source))[0]
     expected = torch.from_numpy(img[..., ::-1].transpose(2, 0, 1) / 65535.0).float()
     torch.testing.assert_close(sample['gt'], expected, rtol=0, atol=1e-7)
 
@@ -184,7 +182,7 @@ def test_real_pairs_are_found(shared_data):
     for task, count in (('derain', 2), ('dehaze', 2)):
         folder = shared_data / 'pairs' / task
         source = {'degradation': 'paired', 'dataroot_gt': str(folder / 'target'), 'dataroot_lq': str(folder / 'input')}
-        dataset = AllInOneDataset(options('val', all=source))
+        dataset = CEADataset(options('val', all=source))
         assert len(dataset) == count
         assert all(sample['lq'].shape == sample['gt'].shape for sample in (dataset[i] for i in range(count)))
 
@@ -193,7 +191,7 @@ def test_unmatched_pairs_are_named(image_folder):
     lq, gt = image_folder('lq', ['a', 'b', 'zebra']), image_folder('gt', ['a', 'b', 'zebro', 'c'])
     source = {'degradation': 'paired', 'dataroot_gt': str(gt), 'dataroot_lq': str(lq)}
     with pytest.raises(UserError) as error:
-        AllInOneDataset(options(derain=source))
+        CEADataset(options(derain=source))
     assert "1 degraded: 'zebra' (nearest: 'zebro')" in str(error.value)
     assert "2 ground truth: 'c' (nearest: 'zebra'), 'zebro' (nearest: 'zebra')" in str(error.value)
     assert "dataset 'set', sources.derain" in str(error.value)
@@ -206,7 +204,7 @@ def test_pairs_of_unequal_size_are_named(image_folder, tmp_path, as_lmdb):
         roots = [lmdb_of(root, tmp_path / f'{root.name}.lmdb') for root in roots]
     source = {'degradation': 'paired', 'dataroot_lq': str(roots[0]), 'dataroot_gt': str(roots[1])}
     with pytest.raises(UserError, match=r'unequal size .*lq\S*/a\S* is \(48, 64\), \S*gt\S*/a\S* is \(48, 60\)'):
-        AllInOneDataset(options(derain=source))
+        CEADataset(options(derain=source))
 
 
 def test_unreadable_files_are_named(image_folder):
@@ -225,7 +223,7 @@ def test_unreadable_files_are_named(image_folder):
 def test_a_crop_larger_than_an_image_is_named(image_folder):
     folder = image_folder('gt', ['small'], (40, 64))
     with pytest.raises(UserError, match=r'gt_size is 48, but \S+small\.png has only 40 x 64 pixels'):
-        AllInOneDataset(options(gt_size=48, denoise=noise(folder)))
+        CEADataset(options(gt_size=48, denoise=noise(folder)))
 
 
 @pytest.mark.parametrize(
@@ -252,19 +250,19 @@ def test_a_crop_larger_than_an_image_is_named(image_folder):
 def test_bad_options_are_named(image_folder, source, message):
     folder = image_folder('gt', ['a'])
     with pytest.raises(UserError, match=message):
-        AllInOneDataset(options(x={'dataroot_gt': str(folder)} | source))
+        CEADataset(options(x={'dataroot_gt': str(folder)} | source))
 
 
 def test_no_sources_and_no_images(tmp_path):
     with pytest.raises(UserError, match='sources must be a mapping of at least one name'):
-        AllInOneDataset({'name': 'set', 'phase': 'train', 'gt_size': 8, 'sources': {}})
+        CEADataset({'name': 'set', 'phase': 'train', 'gt_size': 8, 'sources': {}})
     with pytest.raises(UserError, match='holds no images'):
-        AllInOneDataset(options(x=noise(tmp_path)))
+        CEADataset(options(x=noise(tmp_path)))
 
 
 @pytest.mark.parametrize(('sigma', 'psnr'), [(15, 24.833), (25, 20.536), (50, 15.003)])
 def test_noise_has_the_literatures_strength(shared_data, sigma, psnr):
     """Input PSNR of CBSD68 as published code sees it: clipped, truncated, cropped to multiples of 16."""
-    dataset = AllInOneDataset(options('val', all=noise(shared_data / 'cbsd68', sigmas=sigma)) | {'crop_base': 16})
+    dataset = CEADataset(options('val', all=noise(shared_data / 'cbsd68', sigmas=sigma)) | {'crop_base': 16})
     errors = [(s['lq'] - s['gt']).double().square().mean().item() for s in (dataset[i] for i in range(68))]
     assert np.mean([-10 * np.log10(error) for error in errors]) == pytest.approx(psnr, abs=0.01)

@@ -53,7 +53,7 @@ def test_gaussian_noise_follows_the_literature(photograph, sigma):
 
 def test_noise_power_on_cbsd68(shared_data):
     """Mean input PSNR after the centre crop to multiples of 16, as published: 24.83, 20.54, 15.00 dB."""
-    from cea_arch.data.all_in_one_dataset import centre_crop
+    from cea_arch.data.cea_dataset import centre_crop
 
     for sigma, expected in ((15, 24.833), (25, 20.536), (50, 15.003)):
         scores = []

@@ -10,7 +10,7 @@ import torch
 from basicsr.data import build_dataset
 
 from cea_arch.data import image_store
-from cea_arch.data.all_in_one_dataset import AllInOneDataset
+from cea_arch.data.cea_dataset import CEADataset
 from cea_arch.data.image_store import ImageStore
 from cea_arch.data.lmdb_writer import Written, write_lmdb
 from cea_arch.errors import UserError
@@ -61,7 +61,7 @@ def test_broken_lmdbs_are_named(image_folder, tmp_path, how, message):
 
 def test_two_datasets_share_one_lmdb_and_survive_pickling_and_forking(image_folder, tmp_path):
     root = lmdb_of(image_folder('gt', ['a', 'b']), tmp_path / 'gt.lmdb')
-    train, val = (AllInOneDataset(options(phase, x=noise(root))) for phase in ('train', 'val'))
+    train, val = (CEADataset(options(phase, x=noise(root))) for phase in ('train', 'val'))
     assert train[0]['gt'].shape != val[0]['gt'].shape
     for start in ('fork', 'spawn'):
         loader = torch.utils.data.DataLoader(val, num_workers=1, multiprocessing_context=start)

@@ -14,8 +14,8 @@ import pytest
 from basicsr.data import build_dataset
 
 from cea_arch.data import prepare
-from cea_arch.data.all_in_one_dataset import AllInOneDataset
 from cea_arch.data.benchmarks import BENCHMARKS
+from cea_arch.data.cea_dataset import CEADataset
 from cea_arch.data.check import in_order
 from cea_arch.data.image_store import ImageStore, decode, open_lmdb
 from cea_arch.data.pairing import pair_keys
@@ -40,7 +40,7 @@ def test_lmdbs_hold_the_files_pair_exactly_and_store_each_ground_truth_once(plan
         lq, gt = stores[f'{name}_lq'], stores[f'{name}_gt']
         assert len(pair_keys(lq.sizes, gt.sizes, name)) == len(lq.sizes)
         options = {'degradation': 'paired', 'dataroot_lq': str(lq.root), 'dataroot_gt': str(gt.root)}
-        dataset = AllInOneDataset({'name': name, 'phase': 'val', 'sources': {'all': options}})
+        dataset = CEADataset({'name': name, 'phase': 'val', 'sources': {'all': options}})
         assert len([dataset[i] for i in range(len(dataset))]) == len(lq.sizes)
         if name != 'ots':
             assert list(lq.sizes) == list(gt.sizes)

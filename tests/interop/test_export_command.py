@@ -34,7 +34,7 @@ def net():
 def block(monkeypatch):
     """A small network of the parts that CEAIR is made of, which the command takes for the one in its file."""
     net = lively(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), CEABlock(8, 2), nn.Conv2d(8, 3, 3, padding=1)))
-    monkeypatch.setattr('cea_arch.interop.export.load_network', lambda path: net)
+    monkeypatch.setattr('cea_arch.interop.export.load_network', lambda *_: net)
     return net
 
 
@@ -101,9 +101,10 @@ def test_networks_that_enlarge_or_want_multiples(tmp_path):
         del options['type']
         return lively(WithCEA(**options))
 
-    error, sizes = export_network(make('RRDBNet'), tmp_path / 'a.pt2')
-    assert error <= TOLERANCE
-    assert sizes == [(18, 24), (34, 40), (64, 48), (20, 90), (18, 32)]
+    found = export_network(make('RRDBNet'), tmp_path / 'a.pt2')
+    assert found.error <= TOLERANCE
+    assert found.any_batch
+    assert found.sizes == [(18, 24), (34, 40), (64, 48), (20, 90), (18, 32)]
     program = torch.export.load(tmp_path / 'a.pt2').module()
     assert program(torch.rand(1, 3, 10, 14)).shape == (1, 3, 20, 28)
     with pytest.raises(UserError, match='cannot be exported for pictures of any size: '):

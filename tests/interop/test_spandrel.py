@@ -133,7 +133,33 @@ def test_a_base_of_the_library_alone_is_loaded_by_our_own_call(tmp_path):
         spandrel.ModelLoader().load_from_file(path)
     found = ours.load(path)
     assert found.scale == 2
+    assert found.supports_half
     check(found, net, Fit(1, 2))
+
+
+def test_our_own_call_says_what_the_base_needs(tmp_path):
+    net, options = injected('SwinIR')
+    found = ours.load(write(net, options, tmp_path / 'a.pth'))
+    weights = {name.removeprefix('base.'): v for name, v in net.state_dict().items() if '.cea.' not in name}
+    plain = spandrel.MAIN_REGISTRY.load(weights)
+    assert (found.supports_half, found.supports_bfloat16) == (plain.supports_half, plain.supports_bfloat16)
+    assert found.size_requirements == spandrel.SizeRequirements(plain.size_requirements.minimum, 8)
+
+
+class Particular(torch.nn.Module):
+    """Takes 32 pixels at least, and float32 alone."""
+
+    def forward(self, x):
+        if min(x.shape[-2:]) < 32:
+            raise ValueError('too small')
+        return x @ torch.eye(x.shape[-1])
+
+
+def test_a_base_that_nobody_knows_is_tried(tmp_path, monkeypatch):
+    monkeypatch.setattr(ours, 'load_network', lambda *_: Particular())
+    monkeypatch.setattr('cea_arch.restoring.fitting.PROBE_SIDES', (45, 53))
+    found = ours.load('a.pth')
+    assert (found.size_requirements.minimum, found.supports_half, found.supports_bfloat16) == (32, False, False)
 
 
 def test_what_cannot_be_loaded_says_why():

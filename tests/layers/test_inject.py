@@ -276,6 +276,18 @@ def test_a_part_of_the_network_may_be_run_alone():
     assert net.stem(torch.rand(5, 3, 8, 8)).shape == (5, 8, 8, 8)
 
 
+def test_a_sequential_is_adapted_as_a_whole():
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sequential(nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 8, 1)))
+    x = torch.rand(2, 3, 8, 8)
+    features, plain = net[0](x), net(x)
+    inject_cea(net, '1', rank=2)
+    assert torch.equal(net(x), plain)
+    layer = net[1].cea
+    nn.init.ones_(layer.gamma)
+    torch.testing.assert_close(net(x), layer(features, plain))
+    assert not torch.allclose(net(x), plain, atol=0.1)
+
+
 def test_a_shared_module_has_one_layer():
     net = Foreign().eval()
     assert inject_cea(net, ['tokens', 'again'], rank=2) == ['tokens', 'again']

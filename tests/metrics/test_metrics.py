@@ -10,7 +10,7 @@ from basicsr.utils import tensor2img
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from cea_arch.cli import main
-from cea_arch.data.all_in_one_dataset import centre_crop
+from cea_arch.data.cea_dataset import centre_crop
 from cea_arch.metrics.comparison import PUBLISHED, published, side_by_side
 from cea_arch.metrics.protocols import PROTOCOLS, score
 from cea_arch.metrics.psnr_ssim_metric import uint8_bgr
@@ -28,10 +28,10 @@ def pair(photograph):
 @pytest.mark.parametrize(
     ('name', 'reference'),
     [
-        ('calculate_psnr_float', lambda a, b: peak_signal_noise_ratio(b, a, data_range=1)),
-        ('calculate_ssim_uniform', lambda a, b: structural_similarity(a, b, channel_axis=-1, data_range=1)),
+        ('calculate_cea_psnr', lambda a, b: peak_signal_noise_ratio(b, a, data_range=1)),
+        ('calculate_cea_ssim_uniform', lambda a, b: structural_similarity(a, b, channel_axis=-1, data_range=1)),
         (
-            'calculate_ssim_gaussian',
+            'calculate_cea_ssim_gaussian',
             lambda a, b: structural_similarity(a, b, channel_axis=-1, data_range=1, gaussian_weights=True),
         ),
     ],
@@ -45,15 +45,15 @@ def test_metrics_equal_scikit_image(pair, name, reference):
 
 def test_equal_images(pair):
     data = {'img': pair[1], 'img2': pair[1]}
-    assert calculate_metric(data, {'type': 'calculate_psnr_float'}) == float('inf')
-    assert calculate_metric(data, {'type': 'calculate_ssim_uniform'}) == pytest.approx(1)
+    assert calculate_metric(data, {'type': 'calculate_cea_psnr'}) == float('inf')
+    assert calculate_metric(data, {'type': 'calculate_cea_ssim_uniform'}) == pytest.approx(1)
 
 
 def test_images_below_the_window_are_named(pair):
     data = {'img': pair[0][:10, :10], 'img2': pair[1][:10, :10]}
-    assert calculate_metric(data, {'type': 'calculate_ssim_uniform'}) < 1
+    assert calculate_metric(data, {'type': 'calculate_cea_ssim_uniform'}) < 1
     with pytest.raises(ValueError, match='a window of 11 pixels needs larger images than 10 x 10'):
-        calculate_metric(data, {'type': 'calculate_ssim_gaussian'})
+        calculate_metric(data, {'type': 'calculate_cea_ssim_gaussian'})
 
 
 @pytest.mark.parametrize('target', ['amplitude', 'complex'])

@@ -9,6 +9,7 @@ import cea_arch
 from cea_arch.cli import main
 from cea_arch.data.pictures import Picture, read_picture
 from cea_arch.errors import UserError
+from cea_arch.layers import inject_cea
 from cea_arch.restoring.restorer import Restorer, enlarged, restore
 from cea_arch.restoring.writing import write_picture
 
@@ -29,6 +30,36 @@ def test_maps_of_tiles_are_those_of_the_whole(small_net):
         cea_arch.restoring.maps.RoutingMaps(small_net, 'decoder.9.0.mixed_cea')
     with pytest.raises(UserError, match='no CEA layer whose routing'):
         cea_arch.restoring.maps.RoutingMaps(nn.Identity())
+
+
+class Tokens(nn.Module):
+    """Rows of tokens of a picture half as large, as a network of windows has them; too many of them on request."""
+
+    def __init__(self, more=0):
+        super().__init__()
+        self.mix, self.more = nn.Linear(3, 3), more
+
+    def forward(self, x):
+        tokens = nn.functional.avg_pool2d(x, 2).flatten(2).mT
+        tokens = torch.cat([tokens, tokens[:, : self.more]], 1)
+        return x + self.mix(tokens).mean()
+
+
+def test_maps_of_tokens_are_laid_out_as_the_picture():
+    net, x = Tokens(), torch.rand(1, 3, 40, 24)
+    inject_cea(net, 'mix', rank=2, heads=1)
+    restorer = Restorer(net, 'cpu')
+    restorer.maps = cea_arch.restoring.maps.RoutingMaps(net)
+    restorer(x)
+    bases = net.mix.cea.adapter(nn.functional.avg_pool2d(x, 2).flatten(2)[..., None])[0][0]
+    expected = torch.einsum('rc,chw->rhw', bases, nn.functional.avg_pool2d(x, 2)[0])
+    torch.testing.assert_close(restorer.maps.maps, expected)
+    net = Tokens(more=1)
+    inject_cea(net, 'mix', rank=2, heads=1)
+    restorer = Restorer(net, 'cpu')
+    restorer.maps = cea_arch.restoring.maps.RoutingMaps(net)
+    with pytest.raises(UserError, match=r'mix\.cea reads 241 tokens, which are no rows of a 24 x 40 picture'):
+        restorer(x)
 
 
 @pytest.mark.parametrize('dtype', ['u1', 'u2', 'f4', 'f8'])

@@ -18,7 +18,7 @@ def test_files_inherit(tmp_path):
     write(
         tmp_path,
         more='inherits: o.yml\ntrain: {total_iter: 300, grad_clip: 1.0}\ndatasets: {val_1: {name: a}, val_2: ~}\n',
-        other='val: {val_freq: 7, metrics: {ssim: {type: calculate_ssim_uniform}}}\n',
+        other='val: {val_freq: 7, metrics: {ssim: {type: calculate_cea_ssim_uniform}}}\n',
         both="""\
 inherits: [more.yml, other.yml]
 name: both
@@ -35,7 +35,7 @@ network_g: {rank: 4}
     expected['train'] |= {'total_iter': 300, 'grad_clip': 1.0}
     expected['train']['scheduler'] |= {'periods': [300], 'restart_weights': [1]}
     del expected['train']['ema_decay']
-    expected['val'] |= {'val_freq': 7, 'metrics': {'ssim': {'type': 'calculate_ssim_uniform'}}}
+    expected['val'] |= {'val_freq': 7, 'metrics': {'ssim': {'type': 'calculate_cea_ssim_uniform'}}}
     expected['network_g']['rank'] = 4
     assert opt == expected
 

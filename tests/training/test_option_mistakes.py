@@ -5,6 +5,7 @@ import re
 
 import pytest
 import yaml
+from basicsr.archs.swinir_arch import SwinIR
 from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
 
@@ -23,7 +24,7 @@ num_gpu: 0
 datasets:
   train:
     name: photos
-    type: AllInOneDataset
+    type: CEADataset
     sources:
       noise: {degradation: gaussian_noise, sigmas: [15, 25], dataroot_gt: photos}
     gt_size: 64
@@ -249,6 +250,24 @@ def test_keys_of_basicsrs_datasets_come_from_their_source(file):
         read_options(file, [f'datasets.val={paired.replace("color", "colour")}'])
 
 
+def test_what_files_of_the_family_say_and_nothing_reads_is_a_notice(file, capsys):
+    val = (
+        'datasets.val={name: v, type: SingleImageDataset, dataroot_lq: x, io_backend: {type: disk}, use_shuffle: true}'
+    )
+    words = [val, 'datasets.train.use_shuffle=true', 'crop_border=4']
+    main(['check', '-opt', str(file), '--steps', '0', '--set', *words])
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == [
+        "cea check: setting 'crop_border=4': crop_border is read by nothing.",
+        "cea check: setting 'datasets.train.use_shuffle=true': datasets.train.use_shuffle, and 1 like it, is read by "
+        'nothing.',
+    ]
+    with pytest.raises(UserError, match=r"unknown key 'use_shufle'"):
+        read_options(file, ['datasets.train.use_shufle=true'])
+    with pytest.raises(UserError, match=r"train: unknown key 'use_shuffle'"):
+        read_options(file, ['train.use_shuffle=true'])
+
+
 def test_every_basicsr_model_and_dataset_takes_its_documented_keys():
     definitions = options_schema()
     models = {case['if']['properties']['model_type']['const']: case['then'] for case in definitions['allOf']}
@@ -263,7 +282,7 @@ def test_every_basicsr_model_and_dataset_takes_its_documented_keys():
 
 
 def test_rules_of_a_signature():
-    def build(images, width: int, scale: float = 1.0, names: list[str | int] | str = 'x', *, extra=None, **rest):
+    def build(images, width: int, scale: float = 1.0, names: list[str | int] | str = 'x', *, extra=None):
         pass
 
     rule = arguments(build, {'extra': whole()}, ('images',))
@@ -281,6 +300,15 @@ def test_rules_of_a_signature():
     for message, options in bad.items():
         with pytest.raises(UserError, match=message):
             Checker().check(options, rule, 'x')
+
+
+def test_what_takes_any_word_decides_itself():
+    def foreign(width: int, **rest):
+        pass
+
+    Checker().check({'width': 1, 'rest': 0}, arguments(foreign), 'x')
+    with pytest.raises(UserError, match="x: unknown key 'rest'"):
+        Checker().check({'type': 'SwinIR', 'rest': 0}, arguments(SwinIR), 'x')
 
 
 def test_rules_by_type():
@@ -314,6 +342,18 @@ def test_models_and_data_sets_of_other_packages_may_read_anything(file, monkeypa
 def test_merged_mappings_are_no_repeated_keys():
     text = 'a: &a {lr: 1}\nb: &b {<<: *a, lr: 2}\nc: {<<: *b, x: 3}\n'
     assert yaml.load(text, Loader=OptionLoader) == {'a': {'lr': 1}, 'b': {'lr': 2}, 'c': {'lr': 2, 'x': 3}}
+
+
+def test_whole_numbers_that_are_called_floats():
+    assert yaml.load('[!!float 1600, !!float 5e3, 5e3, !!float 2, 2.0]', Loader=OptionLoader) == [
+        1600,
+        5000,
+        5000,
+        2,
+        2,
+    ]
+    kinds = [type(n) for n in yaml.load('[!!float 1600, !!float 5e3, 2.0, !!float 0.5]', Loader=OptionLoader)]
+    assert kinds == [int, int, float, float]
 
 
 def test_numbers_survive_a_round_trip():

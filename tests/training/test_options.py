@@ -131,7 +131,7 @@ def test_a_total_batch_that_cannot_be_spread_is_named():
 
 @pytest.mark.parametrize('protocol', PROTOCOLS)
 def test_a_protocol_sets_metrics_and_crop(protocol):
-    settings = [f'val.protocol={protocol}', 'val.metrics={gauss: {type: calculate_ssim_gaussian}}']
+    settings = [f'val.protocol={protocol}', 'val.metrics={gauss: {type: calculate_cea_ssim_gaussian}}']
     opt = read_options(str(ROOT / 'options/cea_aio3.yml'), [*settings, 'datasets.val_2.crop_base=8'])
     assert list(opt['val']['metrics']) == ['psnr', 'ssim', 'gauss']
     crop = PROTOCOLS[protocol].crop_base
@@ -142,7 +142,7 @@ def test_a_protocol_sets_metrics_and_crop(protocol):
 @pytest.fixture
 def demo(lmdb):
     opt = prepared(ROOT / 'options/cea_demo.yml', lmdb, is_train=True)
-    opt['val'] = {'val_freq': 100, 'save_img': False, 'metrics': {'psnr': {'type': 'calculate_psnr_float'}}}
+    opt['val'] = {'val_freq': 100, 'save_img': False, 'metrics': {'psnr': {'type': 'calculate_cea_psnr'}}}
     for dataset in opt['datasets'].values():
         del dataset['phase']
     return {
@@ -172,7 +172,7 @@ MISTAKES = [
     ('network_g.type', 'CEAIRR', "network_g.type: 'CEAIRR' is not known. Did you mean 'CEAIR'?"),
     ('network_g.ranks', 4, "network_g: unknown key 'ranks'. Did you mean 'rank'?"),
     ('network_g.size', 'XL', "network_g: size must be one of base, S, T, got 'XL'."),
-    ('datasets.train.type', 'AllInOne', "'AllInOne' is not known. Did you mean 'AllInOneDataset'?"),
+    ('datasets.train.type', 'CEADataSet', "'CEADataSet' is not known. Did you mean 'CEADataset'?"),
     ('datasets.train.gt_sise', 64, "datasets.train: unknown key 'gt_sise'. Did you mean 'gt_size'?"),
     ('datasets.train.gt_size', 4096, 'gt_size is 4096, but'),
     ('datasets.train.sources.denoise.sigma', 25, "sources.denoise: unknown key 'sigma'. Did you mean 'sigmas'?"),

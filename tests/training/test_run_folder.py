@@ -89,7 +89,7 @@ def test_a_lock_ends_with_its_process(tmp_path, number):
 
 def test_the_options_of_a_run_train_the_same_again(workplace):
     folder, opt = workplace
-    opt['val'] = {'protocol': 'aio', 'save_img': False, 'metrics': {'eight': {'type': 'calculate_psnr_float'}}}
+    opt['val'] = {'protocol': 'aio', 'save_img': False, 'metrics': {'eight': {'type': 'calculate_cea_psnr'}}}
     del opt['logger'], opt['manual_seed']
     opt['num_gpu'] = 'auto'
     sets = ['train.total_iter=2', 'train.optim_g.lr=1e-5', 'train.amp=off', 'logger.save_checkpoint_freq=1']

@@ -169,7 +169,7 @@ def test_training_on_unequal_sets_and_without_ground_truth(workplace):
 
 
 def test_report_of_sets_with_different_scores(tmp_path):
-    report = Report(tmp_path, 'title', {'psnr': {'type': 'calculate_psnr_float'}}, 'aio')
+    report = Report(tmp_path, 'title', {'psnr': {'type': 'calculate_cea_psnr'}}, 'aio')
     picture = panels([np.zeros((400, 600, 3), np.uint8)] * 3, ['a', 'b', 'c'])
     assert picture.shape == (320 + 26, 3 * 480, 3)
     one = [{'image': 'i', 'psnr': 20.0, 'ssim': 0.5}, {'image': 'j', 'psnr': 22.0, 'ssim': 0.7}]

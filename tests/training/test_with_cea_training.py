@@ -28,7 +28,7 @@ def run_options(tmp_path, photograph, monkeypatch):
     write_lmdb(((key, cv2.imencode('.png', img)[1].tobytes()) for key, img in crops.items()), tmp_path / 'x.lmdb')
     monkeypatch.chdir(tmp_path)
     source = {'x2': {'degradation': 'downscale', 'scale': 3, 'dataroot_gt': 'x.lmdb'}}
-    dataset = {'type': 'AllInOneDataset', 'sources': source}
+    dataset = {'type': 'CEADataset', 'sources': source}
     return {
         'name': 'run',
         'model_type': 'CEAModel',

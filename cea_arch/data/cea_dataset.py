@@ -62,7 +62,7 @@ DATASET_RULES = {
 
 
 class Source:
-    """Images of one origin and how they are degraded; see :class:`AllInOneDataset` for the options."""
+    """Images of one origin and how they are degraded; see :class:`CEADataset` for the options."""
 
     def __init__(self, name: str, opt: dict[str, Any], label: str) -> None:
         self.name = name
@@ -127,7 +127,7 @@ class Source:
             self.vary = opt.get('vary', True)
 
 
-class AllInOneDataset(Dataset):
+class CEADataset(Dataset):
     """Pairs of degraded and clean images from one or several sources.
 
     In training (``phase: train``) each sample is a random crop, flipped and rotated, degraded anew: all its draws come
