@@ -71,6 +71,13 @@ class StaticFactors(nn.Module):
         return tuple(rows.expand(x.shape[0], -1, -1) for rows in factors)
 
 
+def _is_plain(projection: nn.Module) -> bool:
+    """Whether what a module computes with can be read off it: a convolution with a weight of its own, of one part."""
+    weight = projection._parameters.get('weight')
+    of_parts = hasattr(weight, '__tensor_flatten__')  # quantised, or sharded
+    return type(projection) is nn.Conv2d and isinstance(weight, nn.Parameter) and not of_parts
+
+
 FACTORS = {'dynamic': DynamicFactors, 'pooled': PooledFactors, 'static': StaticFactors}
 
 
@@ -116,12 +123,12 @@ class HyperAdapter(nn.Module):
     def project(self, projection: nn.Module, x: Tensor) -> Tensor:
         """Y = X W + dY of features ``(B, C, H, W)``, for a 1x1 convolution; ``(B, d_out, H, W)``.
 
-        Merged where it can be: routing is linear, and the projection a plain convolution rather than something that
-        was put in its place, such as one with LoRA or quantised weights.
+        Merged where it can be: routing is linear, and the projection a plain convolution with a weight of its own,
+        rather than one with LoRA, quantised or sharded weights, or one that computes its weight when it is called.
         """
         factors = self(x)
         tokens = as_tokens(x, 'bchw')
-        if self.routing == 'signed' and type(projection) is nn.Conv2d:
+        if self.routing == 'signed' and _is_plain(projection):
             weight = merge(projection.weight.flatten(1), factors, self.spec.rank).to(x.dtype)
             bias = None if projection.bias is None else projection.bias.to(x.dtype)
             out = multiply(tokens, weight.mT, bias)
