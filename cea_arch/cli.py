@@ -12,7 +12,7 @@ from typing import Any
 
 import cea_arch
 from cea_arch.compat import REMEDY, has_basicsr
-from cea_arch.errors import Notice, UserError
+from cea_arch.errors import Notice, UserError, told
 from cea_arch.files import PACKAGED_WEIGHTS
 
 path = os.path.expanduser  # `--output=~/x`: the shell leaves that as it is
@@ -318,9 +318,6 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors='backslashreplace')
     if 'OMP_WAIT_POLICY' not in os.environ:  # read when torch is loaded
         os.environ.setdefault('GOMP_SPINCOUNT', SPIN)
-    if args.needs_basicsr and not has_basicsr():
-        print(f'cea {args.command}: {REMEDY}', file=sys.stderr)
-        return 2
     try:
         with _notices_as_lines(args.command):
             return _run(args)
@@ -339,6 +336,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.needs_basicsr:
+        _import_basicsr()
     if args.plugin:
         importlib.import_module('cea_arch.plugins').load_plugins(args.plugin)
     if 'network_g' in args and args.opt:
@@ -346,6 +345,17 @@ def _run(args: argparse.Namespace) -> int:
     code = args.call(args) or 0
     sys.stdout.flush()
     return code
+
+
+def _import_basicsr() -> None:
+    if not has_basicsr():
+        raise UserError(REMEDY)
+    try:
+        importlib.import_module('basicsr')
+    except UserError:
+        raise
+    except Exception as error:  # of whatever goes by this name
+        raise UserError(f'basicsr cannot be imported: {told(error)}. `cea doctor` says which one it is.') from error
 
 
 @contextmanager

@@ -112,6 +112,8 @@ class _Loader:
 
 def _keep_moved() -> None:
     """Functions of colour that left ``matlab_functions`` after basicsr 1.3.4, which HAT imports from there."""
+    if importlib.util.find_spec('basicsr.utils.color_util') is None:
+        return  # older: they are still there
     old, new = (importlib.import_module(f'basicsr.utils.{name}') for name in ('matlab_functions', 'color_util'))
     for name in MOVED:
         if not hasattr(old, name):

@@ -8,12 +8,14 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 import cea_arch
 from cea_arch.checkpoints import WEIGHT_KEYS, check_fit, read_checkpoint, weights_of
 from cea_arch.compat import BASICSR, REMEDY, REPLACEMENTS, has_basicsr
+from cea_arch.errors import told
 from cea_arch.networks.from_file import build_stored, network_options
 from cea_arch.networks.with_cea import holds_layers_alone
 
@@ -24,6 +26,7 @@ EXTRAS = {
     'spandrel': ('spandrel',),
     'demo': ('gradio',),
     'video': ('av',),
+    'lpips': ('lpips',),
 }
 
 
@@ -36,10 +39,9 @@ def run(args: argparse.Namespace) -> int:
         print(f'device {device}')
     for extra, names in EXTRAS.items():
         print(f'extra {extra}: ' + ', '.join(f'{name} {_version(name) or "absent"}' for name in names))
-    basicsr = importlib.import_module('basicsr') if has_basicsr() else None
     problems = list(_problems())
-    if basicsr:
-        print(f'basicsr {_version("basicsr")} in {Path(basicsr.__file__).parent}')
+    if basicsr := sys.modules.get('basicsr'):
+        print(f'basicsr {_version_of(basicsr)} in {Path(basicsr.__file__).parent}')
         replaced = [name for name in REPLACEMENTS if _is_replaced(name)]
         print(f'replaced in memory for basicsr: {", ".join(replaced) or "nothing"}')
     for problem in problems:
@@ -57,9 +59,9 @@ def show_weights(args: argparse.Namespace) -> None:
     count = sum(value.numel() for value in weights.values())
     print(f'{args.file}: {len(weights)} weights, {count:,} numbers, {", ".join(dtypes)}')
     print(f'weights under: {", ".join(sets) if sets else "no key"}')
-    told = 'said by the file' if isinstance(content.get('network_g'), dict) else 'recognised by its shapes'
+    source = 'said by the file' if isinstance(content.get('network_g'), dict) else 'recognised by its shapes'
     options = network_options(content, args.file, args.network_g)
-    print(f'network: {options} ({f"of {args.opt}" if args.network_g else told})')
+    print(f'network: {options} ({f"of {args.opt}" if args.network_g else source})')
     if holds_layers_alone(weights):
         print('CEA layers alone: `cea merge` makes a whole file of them and their base.')
     else:
@@ -91,22 +93,36 @@ def _is_replaced(name: str) -> bool:
     return getattr(spec, 'origin', None) == 'cea_arch.compat'
 
 
+def _version_of(package: ModuleType) -> str:
+    """What a package says of itself; one that lies in front of the installed one is another."""
+    return getattr(package, '__version__', 'of no version')
+
+
 def _problems() -> Iterator[str]:
-    if not has_basicsr():
+    if has_basicsr():
+        yield from _problems_of_basicsr()
+    else:
         yield REMEDY
-    elif _version('basicsr') != BASICSR:
-        yield (
-            f'basicsr is {_version("basicsr") or "no installed package"}, expected {BASICSR}: other repositories '
-            'bring changed copies under this name. `pip uninstall basicsr`, then `cea setup`.'
-        )
-    elif importlib.util.find_spec('basicsr.archs') is None:
-        yield (
-            f'the basicsr in {Path(sys.modules["basicsr"].__file__).parent} is a changed copy without archs: run from '
-            'another folder, or remove it from PYTHONPATH.'
-        )
     if _version('torch') and torch.cuda.device_count() and not torch.cuda.is_available():
         yield 'there is a GPU that this torch cannot use: install a torch for your driver, see pytorch.org.'
     try:
         torch.zeros(1).numpy()
     except RuntimeError as error:
         yield f'torch and numpy do not fit each other ({error}): upgrade both.'
+
+
+def _problems_of_basicsr() -> Iterator[str]:
+    installed, folder = _version('basicsr'), Path(importlib.util.find_spec('basicsr').origin).parent
+    in_front = f'{folder} lies in front of the installed one: run from another folder, or take it off PYTHONPATH.'
+    try:
+        found = _version_of(importlib.import_module('basicsr'))
+    except Exception as error:  # of whatever goes by this name
+        yield f'the basicsr in {folder} cannot be imported: {told(error)}. If it is a changed copy, {in_front}'
+        return
+    if installed != BASICSR:
+        yield (
+            f'basicsr is {installed or "no installed package"}, expected {BASICSR}: other repositories '
+            'bring changed copies under this name. `pip uninstall basicsr`, then `cea setup`.'
+        )
+    if found != installed:
+        yield f'the basicsr {found} in {in_front}'

@@ -1,13 +1,15 @@
 """Files that are whole whenever they are there, and folders that one process has for itself."""
 
 import errno
+import json
+import math
 import os
 import platform
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from cea_arch.errors import UserError
 
@@ -32,6 +34,19 @@ def written_beside(path: str | os.PathLike, suffix: str = '') -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every program reads: numbers that are not finite become the texts ``inf``, ``-inf`` and ``nan``."""
+
+    def finite(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: finite(inner) for key, inner in item.items()}
+        if isinstance(item, (list, tuple)):
+            return [finite(inner) for inner in item]
+        return str(item) if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
 def as_path(text: str) -> Path:

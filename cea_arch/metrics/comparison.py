@@ -42,7 +42,10 @@ def read_results(path: str) -> Method:
     try:
         content = json.loads(Path(path).read_text('utf-8'))
         means = {name: result['means'] for name, result in content['sets'].items()}
-        scores = {name: (mean['psnr'], mean.get('ssim')) for name, mean in means.items()}
+        scores = {
+            name: (float(mean['psnr']), None if mean.get('ssim') is None else float(mean['ssim']))
+            for name, mean in means.items()
+        }
         return Method(content['name'], content['protocol'] or 'own metrics', scores, path)
     except OSError as error:
         raise UserError(f'{path} cannot be read: {error.strerror}.') from error

@@ -2,14 +2,13 @@
 
 import csv
 import io
-import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from cea_arch.files import written_beside
+from cea_arch.files import as_json, written_beside
 from cea_arch.metrics.protocols import PROTOCOLS
 from cea_arch.metrics.psnr_ssim_metric import uint8_bgr
 
@@ -106,13 +105,13 @@ class Report:
         return '\n'.join(lines) + '\n'
 
     def json(self) -> str:
-        """Everything in one object; ``cea report`` reads it."""
+        """Everything in one object; ``cea report`` reads it. The PSNR of equal images is the text ``inf``."""
         sets = {}
         for name, result in self.sets.items():
             content = asdict(replace(result, picture=None, maps={}))
             sets[name] = {key: content[key] for key in ('benchmark', 'group', 'rows')} | {'means': result.means()}
         head = {'name': self.title, 'iteration': self.iteration, 'protocol': self.protocol, 'metrics': self.metrics}
-        return json.dumps(head | {'sets': sets}, indent=1) + '\n'
+        return as_json(head | {'sets': sets}, indent=1) + '\n'
 
     def csv(self) -> str:
         """One line an image: set, image, scores."""

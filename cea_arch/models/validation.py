@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from cea_arch import distributed
+from cea_arch.files import as_json
 from cea_arch.metrics.protocols import score
 from cea_arch.metrics.psnr_ssim_metric import uint8_bgr
 from cea_arch.metrics.report import PANELS, SetResult, compare, write_beside, write_picture
@@ -121,9 +122,9 @@ class ValidatedModel(SRModel):
         mean, lower = float(np.mean(means)), self.metrics[metric].get('better') == 'lower'
         file = Path(self.opt['path']['models'], 'best.json')
         best = json.loads(file.read_text()) if file.is_file() else None
-        if best is None or (mean < best['mean'] if lower else mean > best['mean']):
+        if best is None or (mean < float(best['mean']) if lower else mean > float(best['mean'])):
             self.save_weights('best')
-            write_beside(file, json.dumps({'iteration': current_iter, 'metric': metric, 'mean': mean}).encode())
+            write_beside(file, as_json({'iteration': current_iter, 'metric': metric, 'mean': mean}).encode())
 
     def current_images(self) -> dict[str, np.ndarray]:
         """The latest degraded, restored and, if any, clean image: RGB float32 ``(H, W, 3)``, clipped to [0, 1]."""

@@ -5,7 +5,6 @@ import ast
 import copy
 import importlib
 import importlib.util
-import json
 import platform
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from cea_arch.compat import REMEDY, has_basicsr
 from cea_arch.errors import UserError
-from cea_arch.files import written_beside
+from cea_arch.files import as_json, written_beside
 from cea_arch.layers import CEABlock, HyperAdapter, assemble, remove_cea
 from cea_arch.layers.tokens import as_tokens
 from cea_arch.networks.cea_ir import CEAIR, SIZES
@@ -81,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     print(f'\n{CONVENTION}')
     if args.output:
         with written_beside(args.output) as aside:
-            aside.write_text(json.dumps(figures, indent=1), 'utf-8')
+            aside.write_text(as_json(figures, indent=1), 'utf-8')
 
 
 def network_costs(

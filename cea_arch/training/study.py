@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cea_arch.errors import UserError, suggest
-from cea_arch.files import written_beside
+from cea_arch.files import as_json, written_beside
 from cea_arch.layers import HyperAdapter
 from cea_arch.layers.cea import assemble
 from cea_arch.layers.tokens import as_tokens, from_tokens
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         if networks[name].get('modulate') != []
     }
     text = table(results, counts) + residual_table(content['residuals'])
-    for file, written in (('study.md', text), ('study.json', json.dumps(content))):
+    for file, written in (('study.md', text), ('study.json', as_json(content))):
         with written_beside(folder / file) as aside:
             aside.write_text(written, 'utf-8')
     print(text, end='')

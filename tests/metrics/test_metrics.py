@@ -56,6 +56,25 @@ def test_images_below_the_window_are_named(pair):
         calculate_metric(data, {'type': 'calculate_cea_ssim_gaussian'})
 
 
+def test_results_of_equal_images_are_json_that_every_program_reads(tmp_path, photograph, capsys):
+    for name in ('restored', 'gt'):
+        (tmp_path / name).mkdir()
+        cv2.imwrite(str(tmp_path / name / 'a.png'), photograph)
+    words = ['--set', 'x', str(tmp_path / 'restored'), str(tmp_path / 'gt'), '--output', str(tmp_path / 'out')]
+    assert main(['score', '--protocol', 'aio', *words]) == 0
+    file = tmp_path / 'out/results.json'
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    content = json.loads(file.read_text(), parse_constant=refuse)
+    assert content['sets']['x']['means']['psnr'] == 'inf'
+    assert content['sets']['x']['rows'][0]['psnr'] == 'inf'
+    capsys.readouterr()
+    assert main(['report', str(file)]) == 0
+    assert '| inf/1.000 |' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('target', ['amplitude', 'complex'])
 def test_fft_loss_compares_amplitudes_or_both_parts(target):
     pred, gt = torch.rand(2, 2, 3, 8, 10, dtype=torch.float64)

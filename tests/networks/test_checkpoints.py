@@ -13,6 +13,7 @@ from cea_arch.layers import CEALayer
 from cea_arch.networks.cea_ir import CEAIR, SIZES
 from cea_arch.networks.from_file import build_network, load_network, network_options
 from tests.networks.test_cea_ir import TINY, lively
+from tests.test_compat import run
 
 OPTIONS = {'type': 'CEAIR', **TINY}
 needs_basicsr = pytest.mark.skipif(not has_basicsr(), reason='basicsr is not installed')
@@ -199,6 +200,26 @@ def test_the_doctor(capsys, monkeypatch):
     assert ('All is well.' if has_basicsr() else 'NOT RIGHT: basicsr is not installed: `pip install') in said
     monkeypatch.setattr('cea_arch.doctor.has_basicsr', lambda: True)
     monkeypatch.setattr('cea_arch.doctor._version', lambda name: '1.2.0+forked')
-    monkeypatch.setitem(__import__('sys').modules, 'basicsr', pytest)
     assert main(['doctor']) == 1
     assert 'NOT RIGHT: basicsr is 1.2.0+forked, expected 1.4.2' in capsys.readouterr().out
+
+
+@needs_basicsr
+@pytest.mark.parametrize('text', ["__version__ = '1.3.5'", 'import nothing_like_it'], ids=['older', 'broken'])
+def test_a_basicsr_in_front_of_the_installed_one(tmp_path, text):
+    for name in ('', 'utils'):
+        (tmp_path / 'basicsr' / name).mkdir()
+        (tmp_path / 'basicsr' / name / '__init__.py').write_text('' if name else text)
+    said = {}
+    for command in ('doctor', 'schema'):
+        found = run(
+            f'import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport cea_arch.cli as c; sys.exit(c.main([{command!r}]))'
+        )
+        assert found.returncode == (1 if command == 'doctor' else 2)
+        said[command] = found.stdout + found.stderr
+        assert 'Traceback' not in said[command]
+    assert f'{tmp_path}/basicsr lies in front of the installed one: run from another folder' in said['doctor']
+    if 'nothing' in text:
+        assert "cannot be imported: ModuleNotFoundError: No module named 'nothing_like_it'" in said['doctor']
+    assert 'basicsr cannot be imported: ' in said['schema']
+    assert '`cea doctor` says which one it is.' in said['schema']
