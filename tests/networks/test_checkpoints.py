@@ -212,9 +212,8 @@ def test_a_basicsr_in_front_of_the_installed_one(tmp_path, text):
         (tmp_path / 'basicsr' / name / '__init__.py').write_text('' if name else text)
     said = {}
     for command in ('doctor', 'schema'):
-        found = run(
-            f'import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport cea_arch.cli as c; sys.exit(c.main([{command!r}]))'
-        )
+        code = f'import sys; sys.path.insert(0, {str(tmp_path)!r})'
+        found = run(f'{code}\nfrom cea_arch.cli import main; sys.exit(main([{command!r}]))')
         assert found.returncode == (1 if command == 'doctor' else 2)
         said[command] = found.stdout + found.stderr
         assert 'Traceback' not in said[command]
