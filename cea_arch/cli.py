@@ -103,7 +103,7 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
     check.add_argument('--steps', type=int, default=2, help='how many steps to take; 0: none')
     check.add_argument('--processes', type=int, default=1, help='of the launcher, for batch and epochs')
     check.add_argument('--allow-missing', action='store_true', help='exit with 0 though data or weights are missing')
-    text = 'train a CEAIR and its ablations, as the paper names them, for several seeds, and compare'
+    text = 'train a network with CEA and its ablations, as the paper names them, for several seeds, and compare'
     study = _add(commands, 'study', text, _later('cea_arch.training.study'))
     _add_options(study)
     study.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='one training of each variant for each')
@@ -111,10 +111,13 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
         '--variants',
         nargs='+',
         default=None,
-        help='ablations: cea (as the file says), none, q, k, v, qk, qkv, ffn, mixer, mixed, fuse, static, pooled, '
-        'topk, static_topk, no_rank_norm, r4, r16, scale, none_scale (default: none static pooled topk cea)',
+        help='cea (as the file says), none, static, pooled, topk, static_topk, no_rank_norm, r2, r4, r16; of CEAIR q, '
+        'k, v, qk, qkv, ffn, mixer, mixed, fuse, scale, none_scale; those of study.variants in the file; none*1.2: for '
+        '1.2 times the steps (default: none static pooled topk cea)',
     )
-    study.add_argument('--match', action='store_true', help='equal parameters, by wider or narrower feed-forwards')
+    text = 'equal parameters, by the width of feed-forwards or, of other networks, by the option study.width names'
+    study.add_argument('--match', action='store_true', help=text)
+    study.add_argument('--hours', type=float, help='save and end after so many; the same command goes on')
     study.add_argument('--jobs', type=int, default=1, help='trainings at a time')
     _add(commands, 'schema', 'print the JSON schema of option files, for editors', _schema)
 
@@ -144,7 +147,8 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
 
 def _add_report(commands: argparse._SubParsersAction) -> None:
     report = _add(commands, 'report', 'put result files side by side, on request beside published figures', _report)
-    report.add_argument('results', type=path, nargs='*', help='results.json files of train, test or score')
+    text = 'results.json files of train, test or score, side by side; or study.json files, whose tables are printed'
+    report.add_argument('results', type=path, nargs='*', help=text)
     report.add_argument('--published', metavar='BENCHMARK', help='add the published rows: aio3, aio5 or cdd11')
 
 
@@ -285,6 +289,11 @@ def _score(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     comparison = importlib.import_module('cea_arch.metrics.comparison')
+    study_tables = importlib.import_module('cea_arch.metrics.study_tables')
+    studies = [content for path in args.results if (content := study_tables.read_study(path))]
+    if studies and len(studies) == len(args.results) and not args.published:
+        print('\n'.join(map(study_tables.tables, studies)), end='')
+        return
     methods = comparison.published(args.published) if args.published else []
     methods += [comparison.read_results(path) for path in args.results]
     if not methods:

@@ -58,6 +58,7 @@ TOP = {
     'device': TEXT,
     'manual_seed': either(whole(0, 2**32 - 1 - MOST_PROCESSES), NULL),
     'network_g': _NETWORK,
+    'study': section({'width': TEXT, 'variants': {'type': 'object', 'additionalProperties': _NETWORK}}),
     'find_unused_parameters': FLAG,
     'dist_params': section({'backend': one_of('nccl', 'gloo'), 'port': either(whole(), NULL), 'timeout': _POSITIVE}),
 }

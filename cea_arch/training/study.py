@@ -1,12 +1,19 @@
-"""``cea study``: does CEA earn its place, and what does it do? The same training with the paper's ablations."""
+"""``cea study``: does CEA earn its place, and what does it do? The same training, networks that differ in one thing."""
 
 import argparse
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
+import threading
+import time
+import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,132 +21,145 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cea_arch.errors import UserError, suggest
+from cea_arch.errors import UserError
 from cea_arch.files import as_json, written_beside
-from cea_arch.layers import HyperAdapter
-from cea_arch.layers.cea import assemble
-from cea_arch.layers.tokens import as_tokens, from_tokens
-from cea_arch.networks.cea_ir import FFN_EXPANSION_FACTOR
+from cea_arch.layers.observing import observing, silenced, sites
+from cea_arch.metrics.study_tables import tables
 from cea_arch.networks.from_file import build_network, load_network
 from cea_arch.training.option_files import Options, write_options
 from cea_arch.training.options import check_options, read_options
 from cea_arch.training.pipeline import parsed_options
+from cea_arch.training.study_variants import DEFAULT, REFERENCE, Variant, find_variants
 
-VARIANTS = {  # the paper's ablations by name, and ours of T: what of network_g each changes
-    'none': {'modulate': []},
-    'q': {'modulate': ['q']},
-    'k': {'modulate': ['k']},
-    'v': {'modulate': ['v']},
-    'qk': {'modulate': ['q', 'k']},
-    'qkv': {'modulate': ['q', 'k', 'v']},
-    'ffn': {'modulate': ['ffn']},
-    'mixer': {'modulate': ['mixer']},
-    'mixed': {'modulate': ['mixed']},
-    'fuse': {'modulate': ['fuse']},
-    'static': {'factors': 'static'},
-    'pooled': {'factors': 'pooled'},
-    'topk': {'routing': 'topk'},
-    'static_topk': {'factors': 'static', 'routing': 'topk'},
-    'no_rank_norm': {'rank_norm': False},
-    'r4': {'rank': 4},
-    'r16': {'rank': 16},
-    'scale': {'pooled_scale': True},
-    'none_scale': {'modulate': [], 'pooled_scale': True},
-    'cea': {},
-}
-DEFAULT = ('none', 'static', 'pooled', 'topk', 'cea')
-MOST_DIFFERENCE = 0.02  # of the number of parameters, between variants
-SAME = 0.002  # and what is not worth a change
+PICTURES, SIDE = 6, 256  # of each validation set, for what is asked of a trained network; pixels
 Scores = dict[str, float]
+Pictures = dict[str, list[tuple[Tensor, Tensor]]]  # degraded and clean by set, RGB (1, 3, H, W) in [0, 1]
+
+
+@dataclass
+class Run:
+    """One training of a study: of a variant from a seed."""
+
+    variant: Variant
+    seed: int
+    name: str
+
+    def folder(self, root: str) -> Path:
+        return Path(root, 'experiments', self.name)
+
+
+@dataclass
+class Trainings:
+    """Trainings in processes of their own, which go on from their last checkpoints, until there is no time left.
+
+    Args:
+        root: Folder that holds ``experiments``.
+        folder: Of the study: option files, logs and seconds of processor time of each run.
+        hours: After so many, what trains is asked to save and to end; ``None``: no limit.
+    """
+
+    root: str
+    folder: Path
+    hours: float | None = None
+    running: set[subprocess.Popen] = field(default_factory=set)
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.end = time.monotonic() + (float('inf') if self.hours is None else 3600 * self.hours)
+
+    def train(self, run: Run, opt: Options) -> bool | None:
+        """Whether the run came to its end; ``None`` if there is no time left for it."""
+        if is_done(run, self.root, opt['train']['total_iter']):
+            return True
+        file = self.folder / f'{run.name}.yml'
+        write_options(opt, file, f'cea study -opt {opt.file}: {run.variant.name}, seed {run.seed}')
+        if self.stopped.is_set() or time.monotonic() > self.end:
+            return None
+        command = [sys.executable, '-m', 'cea_arch.train', '-opt', str(file), '--root', self.root, '--auto_resume']
+        print(f'{run.name}: training', file=sys.stderr)
+        with file.with_suffix('.log').open('w') as log:
+            # of its own session, so that Ctrl-C reaches it once, by us
+            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            self.running.add(process)
+            try:
+                code, seconds = self._wait(process)
+            finally:
+                self.running.discard(process)
+        self._add_seconds(run, seconds)
+        return None if self.stopped.is_set() or time.monotonic() > self.end else code == 0
+
+    def stop(self, *_: object) -> None:
+        """Ask all that train to save and to end."""
+        self.stopped.set()
+        for process in list(self.running):
+            process.terminate()
+
+    def seconds(self, run: Run) -> float | None:
+        """Processor time that the run has taken in all its pieces; ``None`` where that is not known."""
+        file = self.folder / f'{run.name}.seconds'
+        return float(file.read_text()) if file.is_file() else None
+
+    def _wait(self, process: subprocess.Popen) -> tuple[int, float]:
+        asked = False
+        while process.returncode is None:
+            if time.monotonic() > self.end and not asked:
+                asked = True
+                process.terminate()
+            if not hasattr(os, 'wait4'):  # Windows
+                try:
+                    return process.wait(1), 0.0
+                except subprocess.TimeoutExpired:
+                    continue
+            found, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if found:
+                process.returncode = os.waitstatus_to_exitcode(status)
+                return process.returncode, usage.ru_utime + usage.ru_stime
+            time.sleep(0.2)
+        return process.returncode, 0.0
+
+    def _add_seconds(self, run: Run, seconds: float) -> None:
+        with written_beside(self.folder / f'{run.name}.seconds') as aside:
+            aside.write_text(f'{(self.seconds(run) or 0) + seconds:.1f}')
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train what is not trained yet, then write ``study.md`` and ``study.json``; returns 1 if a training failed."""
+    """Train what is not trained yet, then write ``study.md`` and ``study.json``.
+
+    Returns 1 if a training failed, or if some are left for want of time; the same command goes on.
+    """
     opt = read_options(args.opt, args.set, args.force_yml)
-    if opt['network_g']['type'] != 'CEAIR':
-        raise UserError(f'cea study varies CEAIR; network_g is {opt["network_g"]["type"]}.')
-    if 'psnr' not in (opt['val'].get('metrics') or {}):
-        raise UserError('cea study needs psnr among val.metrics, such as by val.protocol: aio.')
-    if opt['path'].get('pretrain_network_g'):
-        raise UserError('cea study trains from nothing: path.pretrain_network_g must be ~.')
-    variants = args.variants or DEFAULT
-    for name in variants:
-        if name not in VARIANTS:
-            raise UserError(f'variant {name!r} is not known.{suggest(name, VARIANTS)} Known: {", ".join(VARIANTS)}.')
-    networks = {name: opt['network_g'] | VARIANTS[name] for name in variants}
-    if args.match:
-        networks = {name: matched(network, opt['network_g'], name) for name, network in networks.items()}
-    counts = {name: _parameters(network) for name, network in networks.items()}  # each is built, before any trains
+    with opt.placing():
+        _check(opt)
+        variants = find_variants(opt, args.variants or list(DEFAULT), args.match)
     folder = Path(args.root, 'experiments', f'{opt["name"]}_study')
     folder.mkdir(parents=True, exist_ok=True)
-    runs = {(name, seed): f'{opt["name"]}_{name}_s{seed}' for seed in args.seeds for name in variants}
-
-    def train(variant: str, seed: int) -> bool:
-        name = runs[variant, seed]
-        changed = {'name': name, 'manual_seed': seed, 'network_g': networks[variant]}
-        file = folder / f'{name}.yml'
-        write_options(opt | changed, file, f'cea study -opt {args.opt}: {variant}, seed {seed}')
-        return _train(file, name, args.root, opt['train']['total_iter'])
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        done = list(pool.map(lambda key: train(*key), runs))
-    failed = [name for name, good in zip(runs.values(), done, strict=True) if not good]
-    results = {key: _scores(args.root, name) for key, name in runs.items() if name not in failed}
-    content = {'parameters': counts, 'psnr': {f'{name}_s{seed}': scores for (name, seed), scores in results.items()}}
-    trained = {name: run for (name, seed), run in runs.items() if seed == args.seeds[0] and run not in failed}
-    images = _first_images(args, opt)
-    content['residuals'] = {
-        name: (
-            residuals(build_network(networks[name]), images),
-            residuals(load_network(_weights(args.root, run)), images),
-        )
-        for name, run in trained.items()
-        if networks[name].get('modulate') != []
-    }
-    text = table(results, counts) + residual_table(content['residuals'])
-    for file, written in (('study.md', text), ('study.json', as_json(content))):
+    runs = [Run(v, seed, f'{opt["name"]}_{v.name}_s{seed}') for seed in args.seeds for v in variants]
+    trainings = Trainings(args.root, folder, args.hours)
+    with _ending(trainings), ThreadPoolExecutor(args.jobs) as pool:
+        try:
+            ended = list(pool.map(lambda one: trainings.train(one, _options(opt, one)), runs))
+        except BaseException:
+            trainings.stop()
+            raise
+    done = [one for one, good in zip(runs, ended, strict=True) if good]
+    content = _content(args, opt, done, trainings)
+    text = tables(content)
+    for file, written in (('study.md', text), ('study.json', as_json(content, indent=1))):
         with written_beside(folder / file) as aside:
             aside.write_text(written, 'utf-8')
     print(text, end='')
-    for name in failed:
-        print(f'{name} failed; see {folder / name}.log', file=sys.stderr)
-    return 1 if failed else 0
+    for one, good in zip(runs, ended, strict=True):
+        if good is False:
+            print(f'{one.name} failed; see {folder / one.name}.log', file=sys.stderr)
+    if None in ended:
+        print(f'{len(done)} of {len(runs)} trainings are done; the same command goes on.', file=sys.stderr)
+    return 0 if len(done) == len(runs) else 1
 
 
-def matched(network: dict[str, Any], model: dict[str, Any], name: str) -> dict[str, Any]:
-    """A variant's options with as many parameters as ``model`` has, by the width of its feed-forward.
-
-    Raises:
-        UserError: The numbers of parameters cannot be brought within two per cent of each other.
-    """
-    wanted = _parameters(model)
-    lacking = wanted - _parameters(network)
-    if abs(lacking) > SAME * wanted:
-        start = network.get('ffn_expansion_factor', FFN_EXPANSION_FACTOR)
-        for_one = _parameters(network | {'ffn_expansion_factor': start + 1}) - _parameters(network)
-        network = network | {'ffn_expansion_factor': round(start + lacking / for_one, 3)}
-    if abs(_parameters(network) - wanted) > MOST_DIFFERENCE * wanted:
-        raise UserError(f'variant {name}: no width gives about the {wanted:,} parameters that the option file has.')
-    return network
-
-
-def table(results: dict[tuple[str, int], Scores], counts: dict[str, int]) -> str:
-    """Mean and standard deviation over the seeds by variant, then CEA's lead over each, paired by seed; PSNR in dB."""
-    sets = list(next(iter(results.values()), {}))
-    head = '| variant | parameters | seeds | ' + ' | '.join(sets) + ' |\n|---|---:|---:|' + '---:|' * len(sets)
-    lines = [head]
-    by_variant = {name: {s: v for (n, s), v in results.items() if n == name} for name in counts}
-    for name, runs in by_variant.items():
-        cells = [_spread([scores[column] for scores in runs.values()]) for column in sets]
-        lines.append(f'| {name} | {counts[name]:,} | {len(runs)} | ' + ' | '.join(cells) + ' |')
-    for name, runs in by_variant.items():
-        pairs = [
-            (by_variant['cea'][seed], scores) for seed, scores in runs.items() if seed in by_variant.get('cea', {})
-        ]
-        if name != 'cea' and pairs:
-            cells = [_spread([ours[column] - theirs[column] for ours, theirs in pairs], '+') for column in sets]
-            lines.append(f'| cea - {name} | | {len(pairs)} | ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines) + '\n\nPSNR in dB: mean and standard deviation over the seeds.\n'
+def is_done(one: Run, root: str, total: int) -> bool:
+    """Whether a run has come to its last step, and was scored there."""
+    results = one.folder(root) / 'results.json'
+    return results.is_file() and json.loads(results.read_text('utf-8'))['iteration'] == total
 
 
 def residuals(net: nn.Module, images: list[Tensor]) -> dict[str, tuple[float, float]]:
@@ -152,87 +172,129 @@ def residuals(net: nn.Module, images: list[Tensor]) -> dict[str, tuple[float, fl
     Returns:
         The mean of |dY| / |XW| over the images, and of the cosine between the rows of A of any two of them.
     """
-    adapters = {name: m for name, m in net.named_modules() if isinstance(m, HyperAdapter)}
-    seen = {name: [] for name in adapters}
-    for name, adapter in adapters.items():
-        adapter.project = partial(_project_seen, adapter, seen[name])
-    try:
-        with torch.no_grad():
-            for image in images:
-                net.eval()(image)
-    finally:
-        for adapter in adapters.values():
-            del adapter.project
+    with torch.no_grad(), observing(net.eval()) as seen:
+        for image in images:
+            net(image)
     found = {}
     for name, calls in seen.items():
-        sizes, bases = zip(*calls)
+        bases = [call.bases for call in calls]
         cosines = [F.cosine_similarity(a, b, dim=-1).mean() for n, a in enumerate(bases) for b in bases[:n]]
-        found[name] = (statistics.mean(sizes), torch.stack(cosines).mean().item())
+        found[name] = (statistics.fmean(call.size for call in calls), torch.stack(cosines).mean().item())
     return found
 
 
-def residual_table(found: dict[str, dict[str, Any]]) -> str:
-    """What :func:`residuals` gave of a fresh and of a trained network of each variant."""
-    lines = [
-        '',
-        '| variant | site | size, fresh | trained | cosine, fresh | trained |',
-        '|---|---|---:|---:|---:|---:|',
-    ]
-    for variant, (fresh, trained) in found.items():
-        for site, before in fresh.items():
-            cells = (f'{value:.2f}' for pair in zip(before, trained[site]) for value in pair)
-            lines.append(f'| {variant} | {site} | ' + ' | '.join(cells) + ' |')
-    return '\n'.join([*lines, '', 'Size: |dY| / |XW|. Cosine: of the rows of A, between two pictures.', ''])
+def ablated(net: nn.Module, pictures: Pictures) -> Scores:
+    """What silencing CEA changes in a network, in dB by set, and by all of them."""
+    changes = {}
+    with torch.no_grad():
+        for name, pairs in pictures.items():
+            with silenced(net.eval()):
+                without = [_psnr(net(lq), gt) for lq, gt in pairs]
+            whole = [_psnr(net(lq), gt) for lq, gt in pairs]
+            changes[name] = statistics.fmean(a - b for a, b in zip(without, whole))
+    return changes | {'mean': statistics.fmean(changes.values())}
 
 
-def _first_images(args: argparse.Namespace, opt: Options) -> list[Tensor]:
-    """The first image of each validation set, at most 256 x 256 of it."""
+def _check(opt: Options) -> None:
+    if 'psnr' not in (opt['val'].get('metrics') or {}):
+        raise UserError('cea study needs psnr among val.metrics, such as by val.protocol: aio.', 'val.metrics')
+    if opt['path'].get('pretrain_network_g'):
+        raise UserError('cea study trains from nothing: path.pretrain_network_g must be ~.', 'path.pretrain_network_g')
+
+
+def _options(opt: Options, one: Run) -> Options:
+    """The option file of one run."""
+    changed = Options(opt.file, opt.said)
+    changed.update(opt | {'name': one.name, 'manual_seed': one.seed, 'network_g': one.variant.network})
+    if one.variant.longer != 1:
+        train = dict(opt['train'])
+        train['total_iter'] = round(train['total_iter'] * one.variant.longer)
+        scheduler = dict(train['scheduler'])
+        for key in ('periods', 'milestones'):
+            if key in scheduler:
+                scheduler[key] = [round(steps * one.variant.longer) for steps in scheduler[key]]
+        changed['train'] = train | {'scheduler': scheduler}
+        changed['val'] = opt['val'] | {'val_freq': round(opt['val']['val_freq'] * one.variant.longer)}
+    return changed
+
+
+def _content(args: argparse.Namespace, opt: Options, done: list[Run], trainings: Trainings) -> dict[str, Any]:
+    """All figures of a study: of these runs, and of those of earlier calls with the same data and training.
+
+    What was found out about a finished run is kept beside it.
+    """
+    recipe = zlib.crc32(as_json([opt['datasets'], opt['train'], opt['val']]).encode())
+    pictures = None
+    for one in done:
+        file = trainings.folder / f'{one.name}.json'
+        if file.is_file() and json.loads(file.read_text('utf-8'))['recipe'] == recipe:
+            continue
+        pictures = pictures or _pictures(args, opt)
+        told = {'variant': one.variant.name, 'seed': one.seed, 'recipe': recipe, 'network_g': one.variant.network}
+        told |= {'parameters': one.variant.parameters, 'core_seconds': trainings.seconds(one)}
+        told['steps'] = _options(opt, one)['train']['total_iter']
+        with written_beside(file) as aside:
+            aside.write_text(as_json(told | _found_out(one, args.root, pictures)), 'utf-8')
+    runs = [json.loads(file.read_text('utf-8')) for file in trainings.folder.glob(f'{opt["name"]}_*_s*.json')]
+    order = [one.variant.name for one in done]
+    runs = [one for one in runs if one['recipe'] == recipe]
+    runs.sort(key=lambda one: (order.index(one['variant']) if one['variant'] in order else len(order), one['seed']))
+    variants = {one['variant']: {key: one.pop(key) for key in ('parameters', 'steps', 'network_g')} for one in runs}
+    return {'study': opt['name'], 'reference': REFERENCE, 'variants': variants, 'runs': runs}
+
+
+def _found_out(one: Run, root: str, pictures: Pictures) -> dict[str, Any]:
+    """Scores of a trained network and, where it has CEA, what that does."""
+    found: dict[str, Any] = {'psnr': _scores(one.folder(root) / 'results.json')}
+    net = load_network(one.folder(root) / 'models' / 'net_g_latest.pth')
+    if sites(net):
+        images = [pairs[0][0] for pairs in pictures.values()]
+        fresh, trained = residuals(build_network(one.variant.network), images), residuals(net, images)
+        found['residuals'] = {site: (fresh[site], trained[site]) for site in fresh}
+        found['ablated'] = ablated(net, pictures)
+    return found
+
+
+def _pictures(args: argparse.Namespace, opt: Options) -> Pictures:
+    """The first pictures of each validation set, cut to ``SIDE``."""
     with opt.placing():
         datasets = check_options(parsed_options(args, opt, is_train=True)).datasets
-    return [dataset[0]['lq'][None, :, :256, :256] for phase, dataset in datasets.items() if phase != 'train']
+    found = {}
+    for phase, dataset in datasets.items():
+        if phase != 'train':
+            rows = [dataset[n] for n in range(min(PICTURES, len(dataset)))]
+            scale = rows[0]['gt'].shape[-1] // rows[0]['lq'].shape[-1]
+            cut, whole = slice(SIDE), slice(SIDE * scale)
+            found[opt['datasets'][phase]['name']] = [
+                (row['lq'][None, :, cut, cut], row['gt'][None, :, whole, whole]) for row in rows
+            ]
+    return found
 
 
-def _weights(root: str, name: str) -> Path:
-    return Path(root, 'experiments', name, 'models', 'net_g_latest.pth')
+def _psnr(restored: Tensor, clean: Tensor) -> float:
+    return -10 * (restored.clamp(0, 1) - clean).square().mean().log10().item()
 
 
-def _project_seen(adapter: HyperAdapter, seen: list, projection: nn.Module, x: Tensor) -> Tensor:
-    """As :meth:`HyperAdapter.project`, noting the size of the residual and the routing bases."""
-    tokens, plain, factors = as_tokens(x, 'bchw'), as_tokens(projection(x), 'bchw'), adapter(x)
-    residual = assemble(torch.zeros_like(plain), tokens, factors, adapter.spec.rank, adapter.routing)
-    beside = torch.cat([plain[..., a:b] for a, b in adapter.spec.parts.values()], dim=-1)
-    seen.append(((residual.norm() / beside.norm()).item(), factors[0][0]))
-    return from_tokens(plain + residual, x, 'bchw')
-
-
-def _train(file: Path, name: str, root: str, total: int) -> bool:
-    """Train in a process of its own, from its last checkpoint if there is one; whether it came to its end."""
-    results = Path(root, 'experiments', name, 'results.json')
-    if results.is_file() and json.loads(results.read_text('utf-8'))['iteration'] == total:
-        return True
-    command = [sys.executable, '-m', 'cea_arch.train', '-opt', str(file), '--root', root, '--auto_resume']
-    print(f'{name}: training', file=sys.stderr)
-    with file.with_suffix('.log').open('w') as log:
-        return subprocess.run(command, stdout=log, stderr=log, check=False).returncode == 0
-
-
-def _scores(root: str, name: str) -> Scores:
+def _scores(results: Path) -> Scores:
     """PSNR by set, and the mean of each group."""
-    sets = json.loads(Path(root, 'experiments', name, 'results.json').read_text('utf-8'))['sets']
-    scores = {key: result['means']['psnr'] for key, result in sets.items()}
+    sets = json.loads(results.read_text('utf-8'))['sets']
+    scores = {key: float(result['means']['psnr']) for key, result in sets.items()}
     for group in dict.fromkeys(result['group'] for result in sets.values() if result['group']):
         members = [scores[key] for key, result in sets.items() if result['group'] == group]
-        scores[f'**mean of {group}**'] = statistics.mean(members)
+        scores[f'**mean of {group}**'] = statistics.fmean(members)
     return scores
 
 
-def _parameters(network: dict[str, Any]) -> int:
-    with torch.device('meta'):  # counted, not made
-        return sum(p.numel() for p in build_network(network).parameters())
-
-
-def _spread(values: list[float], sign: str = '') -> str:
-    if not values:
-        return ''
-    deviation = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):{sign}.2f}{deviation}'
+@contextmanager
+def _ending(trainings: Trainings) -> Iterator[None]:
+    """Ctrl-C and SIGTERM have the trainings save and end, and the study say how far it came."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    old = {number: signal.signal(number, trainings.stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,100 @@
+"""What CEA does in a network, seen while pictures pass, and networks with its layers silenced; weights stay."""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from cea_arch.layers.cea import assemble
+from cea_arch.layers.cea_layer import CEALayer
+from cea_arch.layers.hyper_adapter import HyperAdapter
+from cea_arch.layers.tokens import as_tokens, from_tokens
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What one layer has added to one batch.
+
+    Attributes:
+        size: |dY| / |XW|, over the channels that the layer adapts.
+        bases: A of the first image, ``(K, d_in)``.
+        directions: B of the first image, ``(K, d_out)``.
+    """
+
+    size: float
+    bases: Tensor
+    directions: Tensor
+
+
+def sites(net: nn.Module) -> dict[str, nn.Module]:
+    """The hyper-adapters of our networks and the CEA layers of others, by name."""
+    layers = {name: m for name, m in net.named_modules() if isinstance(m, CEALayer)}
+    inside = {id(layer.adapter) for layer in layers.values()}
+    adapters = {n: m for n, m in net.named_modules() if isinstance(m, HyperAdapter) and id(m) not in inside}
+    return adapters | layers
+
+
+@contextmanager
+def observing(net: nn.Module) -> Iterator[dict[str, list[Residual]]]:
+    """Note the residuals of every site, by name, of each batch that ``net`` sees."""
+    seen: dict[str, list[Residual]] = {name: [] for name in sites(net)}
+    with _standing_in(
+        net,
+        {name: (partial(_projected, note=seen[name].append), partial(_added, note=seen[name].append)) for name in seen},
+    ):
+        yield seen
+
+
+@contextmanager
+def silenced(net: nn.Module, names: Collection[str] | None = None) -> Iterator[None]:
+    """Let ``net`` compute with dY = 0 at the sites of these names, at all by default."""
+    with _standing_in(net, dict.fromkeys(sites(net) if names is None else names, (_plain, _unchanged))):
+        yield
+
+
+@contextmanager
+def _standing_in(net: nn.Module, actions: dict[str, tuple[Callable, Callable]]) -> Iterator[None]:
+    """Let functions stand for what sites do: the first for an adapter's ``project``, the second for a layer's call."""
+    known = sites(net)
+    done = []
+    try:
+        for name, (project, forward) in actions.items():
+            site = known[name]
+            word, action = ('forward', forward) if isinstance(site, CEALayer) else ('project', project)
+            setattr(site, word, partial(action, site))
+            done.append((site, word))
+        yield
+    finally:
+        for site, word in done:
+            delattr(site, word)
+
+
+def _plain(adapter: HyperAdapter, projection: nn.Module, x: Tensor) -> Tensor:
+    return projection(x)
+
+
+def _unchanged(layer: CEALayer, x: Tensor, y: Tensor | None = None) -> Tensor:
+    return x if y is None else y
+
+
+def _projected(adapter: HyperAdapter, projection: nn.Module, x: Tensor, note: Callable[[Residual], None]) -> Tensor:
+    tokens, plain, factors = as_tokens(x, 'bchw'), as_tokens(projection(x), 'bchw'), adapter(x)
+    residual = assemble(torch.zeros_like(plain), tokens, factors, adapter.spec.rank, adapter.routing)
+    note(_residual(adapter, residual, plain, factors))
+    return from_tokens(plain + residual, x, 'bchw')
+
+
+def _added(layer: CEALayer, x: Tensor, y: Tensor | None = None, *, note: Callable[[Residual], None]) -> Tensor:
+    out = CEALayer.forward(layer, x, y)
+    if y is not None:
+        plain = as_tokens(y, layer.layout)
+        note(_residual(layer.adapter, as_tokens(out, layer.layout) - plain, plain, layer.adapter(layer.plane(x))))
+    return out
+
+
+def _residual(adapter: HyperAdapter, residual: Tensor, plain: Tensor, factors: tuple[Tensor, Tensor]) -> Residual:
+    beside = torch.cat([plain[..., a:b] for a, b in adapter.spec.parts.values()], dim=-1)
+    return Residual((residual.norm() / beside.norm()).item(), factors[0][0].detach(), factors[1][0].detach())
