@@ -21,6 +21,7 @@ FLOORS = (
     ('training',),
     ('profiling',),
     ('doctor',),
+    ('parser',),
     ('cli',),
     ('train', 'test', '__init__'),
 )

@@ -11,8 +11,21 @@ from tests.conftest import ROOT
 from tests.test_compat import REGISTERED, needs_basicsr, run
 
 HEAVY = ('torch', 'torchvision', 'basicsr', 'numpy', 'cv2', 'PIL', 'yaml', 'skimage')
-COMMANDS = ('train', 'test', 'check', 'study', 'schema', 'score', 'report', 'modules', 'merge', 'restore', 'export')
-COMMANDS += ('demo', 'profile', 'doctor', 'info', 'setup')
+COMMANDS = (
+    'train',
+    'test',
+    'check',
+    'study',
+    'schema',
+    'score',
+    'report',
+    'modules',
+    'merge',
+    'restore',
+    'explain',
+    'export',
+)
+COMMANDS += ('explain', 'demo', 'profile', 'doctor', 'info', 'setup')
 SAID = '\nprint("imported:", *sorted({name.partition(".")[0] for name in sys.modules}))'
 
 

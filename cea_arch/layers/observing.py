@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from cea_arch.layers.cea import assemble
+from cea_arch.layers.cea import Factors, affinities, assemble, top_k
 from cea_arch.layers.cea_layer import CEALayer
 from cea_arch.layers.hyper_adapter import HyperAdapter
 from cea_arch.layers.tokens import as_tokens, from_tokens
@@ -22,11 +22,13 @@ class Residual:
         size: |dY| / |XW|, over the channels that the layer adapts.
         bases: A of the first image, ``(K, d_in)``.
         directions: B of the first image, ``(K, d_out)``.
+        shares: Of the energy of dY of the first image, by component, ``(K,)``; as if components were orthogonal.
     """
 
     size: float
     bases: Tensor
     directions: Tensor
+    shares: Tensor
 
 
 def sites(net: nn.Module) -> dict[str, nn.Module]:
@@ -83,7 +85,7 @@ def _unchanged(layer: CEALayer, x: Tensor, y: Tensor | None = None) -> Tensor:
 def _projected(adapter: HyperAdapter, projection: nn.Module, x: Tensor, note: Callable[[Residual], None]) -> Tensor:
     tokens, plain, factors = as_tokens(x, 'bchw'), as_tokens(projection(x), 'bchw'), adapter(x)
     residual = assemble(torch.zeros_like(plain), tokens, factors, adapter.spec.rank, adapter.routing)
-    note(_residual(adapter, residual, plain, factors))
+    note(_residual(adapter, tokens, residual, plain, factors))
     return from_tokens(plain + residual, x, 'bchw')
 
 
@@ -91,10 +93,17 @@ def _added(layer: CEALayer, x: Tensor, y: Tensor | None = None, *, note: Callabl
     out = CEALayer.forward(layer, x, y)
     if y is not None:
         plain = as_tokens(y, layer.layout)
-        note(_residual(layer.adapter, as_tokens(out, layer.layout) - plain, plain, layer.adapter(layer.plane(x))))
+        bases, directions = layer.adapter(layer.plane(x))
+        factors = bases, directions * (layer.gamma * layer.gain)
+        residual = as_tokens(out, layer.layout) - plain
+        note(_residual(layer.adapter, as_tokens(x, layer.layout), residual, plain, factors))
     return out
 
 
-def _residual(adapter: HyperAdapter, residual: Tensor, plain: Tensor, factors: tuple[Tensor, Tensor]) -> Residual:
+def _residual(adapter: HyperAdapter, tokens: Tensor, residual: Tensor, plain: Tensor, factors: Factors) -> Residual:
     beside = torch.cat([plain[..., a:b] for a, b in adapter.spec.parts.values()], dim=-1)
-    return Residual((residual.norm() / beside.norm()).item(), factors[0][0].detach(), factors[1][0].detach())
+    bases, directions = (rows[0].detach() for rows in factors)
+    affinity = affinities(tokens[:1], bases[None]).unflatten(-1, (-1, adapter.spec.rank))
+    routed = (top_k(affinity) if adapter.routing == 'topk' else affinity).flatten(-2)
+    energy = routed[0].detach().float().square().sum(0) * directions.square().sum(-1)
+    return Residual((residual.norm() / beside.norm()).item(), bases, directions, energy / energy.sum())

@@ -87,11 +87,23 @@ class RoutingMaps:
         """The latest affinities, ``(r, h, w)``; where tokens have no rows, as many rows as the picture's shape has."""
         if self.adapter.spec.condense:
             return self._latest
-        count, (height, width) = self._latest.shape[1], self._size
-        step = round(math.sqrt(height * width / count))
-        if height * width != count * step**2:
-            raise UserError(f'{self.name} reads {count} tokens, which are no rows of a {width} x {height} picture.')
-        return self._latest.reshape(-1, height // step, width // step)
+        try:
+            return laid_out(self._latest.flatten(1), self._size)
+        except UserError as error:
+            raise UserError(f'{self.name} reads {error}') from error
+
+
+def laid_out(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps ``(n, N)`` of tokens without a plan as ``(n, h, w)``, in the shape of a picture of ``size``, or smaller.
+
+    Raises:
+        UserError: So many tokens make no such rows.
+    """
+    count, (height, width) = maps.shape[1], size
+    step = max(round(math.sqrt(height * width / count)), 1)
+    if height * width != count * step**2:
+        raise UserError(f'{count} tokens, which are no rows of a {width} x {height} picture.')
+    return maps.unflatten(1, (height // step, width // step))
 
 
 def draw_maps(maps: Tensor) -> np.ndarray:

@@ -110,10 +110,17 @@ def matched(network: dict[str, Any], opt: dict[str, Any], name: str) -> dict[str
             f'stands in the file; got {width!r}.',
             'study.width',
         )
-    step = 1 if lacking > 0 else -1
-    widths = range(start, WIDEST if lacking > 0 else 0, step)
-    passed = next((n for n in widths if (parameters(_widened(network, width, n)) - wanted) * step >= 0), start)
-    near = (_widened(network, width, n) for n in (passed, passed - step))
+    widths = range(start, WIDEST) if lacking > 0 else range(start, 0, -1)
+    near = [network]
+    for channels in widths:
+        options = _widened(network, width, channels)
+        try:
+            count = parameters(options)
+        except UserError:  # as where heads do not divide it
+            continue
+        near = [near[-1], options]
+        if (count >= wanted) == (lacking > 0):
+            break
     return min(near, key=lambda options: abs(parameters(options) - wanted))
 
 

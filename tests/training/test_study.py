@@ -1,6 +1,11 @@
-"""``cea study``: CEAIR against the paper's ablations, alike in data and steps."""
+"""``cea study``: networks against the paper's ablations, alike in data and steps."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +13,12 @@ import yaml
 
 from cea_arch.cli import main
 from cea_arch.errors import UserError
+from cea_arch.metrics.study_tables import interval, tables
 from cea_arch.networks import CEAIR
-from cea_arch.training import study
+from cea_arch.training import study, study_variants
+from cea_arch.training.options import read_options
+from cea_arch.training.study_variants import OF_CEAIR, find_variants, matched
+from tests.conftest import ROOT
 
 
 def command(folder, opt, *words):
@@ -25,25 +34,52 @@ def parameters(options):
 @pytest.mark.parametrize(
     ('size', 'variants'),
     [
-        ('T', [name for name in study.VARIANTS if name not in ('q', 'k', 'v', 'qk', 'qkv')]),
-        ('S', [name for name in study.VARIANTS if name not in ('mixer', 'mixed')]),
+        ('T', [name for name in OF_CEAIR if name not in ('q', 'k', 'v', 'qk', 'qkv')]),
+        ('S', ['none', 'q', 'qkv', 'static', 'topk', 'no_rank_norm', 'r2', 'r4', 'r16', 'cea']),
     ],
 )
 def test_every_ablation_of_the_paper_is_a_network_and_can_be_matched(size, variants):
     network = {'type': 'CEAIR', 'size': size}
-    counts = {name: parameters(network | study.VARIANTS[name]) for name in variants}
+    opt = {'network_g': network}
+    counts = {name: parameters(network | OF_CEAIR[name]) for name in variants}
     assert counts['none'] < counts['static'] < counts['cea'] == counts['topk'] == counts['no_rank_norm']
-    assert counts['r4'] < counts['cea'] < counts['r16']
-    matched = [parameters(study.matched(network | study.VARIANTS[name], network, name)) for name in variants]
-    assert max(matched) <= 1.02 * min(matched)
-    assert study.matched(network | study.VARIANTS['cea'], network, 'cea') == network
+    assert counts['r2'] < counts['r4'] < counts['cea'] < counts['r16']
+    found = find_variants(opt, variants, match=True)
+    assert [one.name for one in found] == variants
+    assert max(one.parameters for one in found) <= 1.02 * min(one.parameters for one in found)
+    assert [one.network for one in found if one.name == 'cea'] == [network]
 
 
 def test_widths_that_cannot_be_matched(monkeypatch):
-    monkeypatch.setattr(study, 'MOST_DIFFERENCE', 1e-6)
+    monkeypatch.setattr(study_variants, 'MOST_DIFFERENCE', 1e-6)
     network = {'type': 'CEAIR', 'size': 'S'}
     with pytest.raises(UserError, match='variant none: no width gives about the 9,711,526 parameters that the option'):
-        study.matched(network | study.VARIANTS['none'], network, 'none')
+        matched(network | OF_CEAIR['none'], {'network_g': network}, 'none')
+
+
+HOST = {'type': 'WithCEA', 'base': {'type': 'EDSR', 'num_in_ch': 3, 'num_out_ch': 3, 'num_feat': 16, 'num_block': 4}}
+
+
+def test_variants_of_a_host():
+    opt = {'network_g': HOST, 'study': {'width': 'num_feat', 'variants': {'mine': {'type': 'CEAIR', 'size': 'T'}}}}
+    found = {one.name: one for one in find_variants(opt, ['none', 'none*1.5', 'static', 'mine', 'cea'], match=True)}
+    assert list(found) == ['none', 'none_x1.5', 'static', 'mine', 'cea']
+    assert found['none'].network == HOST['base'] | {'num_feat': 18}
+    assert found['none'].parameters == found['none_x1.5'].parameters
+    assert found['none_x1.5'].longer == 1.5
+    assert found['static'].network['factors'] == 'static'
+    assert found['static'].network['base']['num_feat'] % 4 == 0  # as its heads want
+    assert found['mine'].network == {'type': 'CEAIR', 'size': 'T'}
+    assert found['cea'].network == HOST
+    whole = found['cea'].parameters
+    assert all(abs(found[name].parameters - whole) < 0.3 * whole for name in ('none', 'static'))
+    del opt['study']['width']
+    with pytest.raises(UserError, match=r'variant none: --match needs study\.width, the name of an option of the base'):
+        find_variants(opt, ['none'], match=True)
+    opt['network_g'] = {'type': 'RIDNet', 'in_channels': 3, 'mid_channels': 8, 'out_channels': 3}
+    assert [one.name for one in find_variants(opt, ['cea', 'mine'], match=False)] == ['cea', 'mine']
+    with pytest.raises(UserError, match=r"variant 'none' is not known\. Known: cea, mine"):
+        find_variants(opt, ['none'], match=False)
 
 
 def test_a_study_trains_each_variant_once(workplace, capsys, monkeypatch):
@@ -56,16 +92,61 @@ def test_a_study_trains_each_variant_once(workplace, capsys, monkeypatch):
     assert command(folder, opt, *words) == 0
     assert capsys.readouterr().err.count('training') == 2
     content = json.loads((folder / 'experiments/run_study/study.json').read_text())
-    assert set(content['psnr']) == {'none_s3', 'cea_s3'}
-    scores = content['psnr']['cea_s3']
-    assert len(content['residuals']['cea'][1]) == len(content['residuals']['cea'][0]) > 0
+    runs = {run['variant']: run for run in content['runs']}
+    assert {name: run['seed'] for name, run in runs.items()} == {'none': 3, 'cea': 3}
+    scores = runs['cea']['psnr']
+    assert len(runs['cea']['residuals']) > 0
+    assert runs['cea']['core_seconds'] > 0
+    assert set(runs['cea']['ablated']) == {'s25', 's50', 'mean'}
+    assert 'residuals' not in runs['none']
     assert scores['**mean of noise**'] == pytest.approx((scores['s25'] + scores['s50']) / 2)
+    assert content['variants']['none']['steps'] == 1
     options = yaml.safe_load((folder / 'experiments/run_none_s3/options.yml').read_text())
     assert options['manual_seed'] == 3
     assert options['network_g']['modulate'] == []
-    monkeypatch.setattr(study.subprocess, 'run', lambda *args, **options: pytest.fail('trained again'))
+    monkeypatch.setattr(study.subprocess, 'Popen', lambda *args, **options: pytest.fail('trained again'))
     assert command(folder, opt, *words) == 0
+    written = (folder / 'experiments/run_study/study.md').read_text()
+    assert capsys.readouterr().out == written
+    # what other calls have trained stays in the tables
+    assert command(folder, opt, '--variants', 'cea', '--seeds', '3') == 0
+    assert '| none | ' in capsys.readouterr().out
+    assert main(['report', str(folder / 'experiments/run_study/study.json')]) == 0
     assert capsys.readouterr().out == (folder / 'experiments/run_study/study.md').read_text()
+
+
+def test_a_variant_that_trains_longer_has_the_whole_schedule_so(workplace):
+    folder, opt = workplace
+    opt['train'] |= {'total_iter': 20, 'scheduler': {'type': 'MultiStepLR', 'milestones': [10, 20]}}
+    opt['val'] |= {'val_freq': 20}
+    (folder / 'o.yml').write_text(yaml.safe_dump(opt))
+    read = read_options('o.yml')
+    (longer,) = find_variants(read, ['none*1.5'], match=False)
+    found = study._options(read, study.Run(longer, 7, 'x'))
+    assert (found['train']['total_iter'], found['val']['val_freq'], found['manual_seed']) == (30, 30, 7)
+    assert found['train']['scheduler']['milestones'] == [15, 30]
+    assert read['train']['scheduler']['milestones'] == [10, 20]
+
+
+def test_a_study_that_is_stopped_says_how_far_it_came(workplace, capsys):
+    folder, opt = workplace
+    opt['train'] |= {'total_iter': 100000, 'scheduler': {'type': 'MultiStepLR', 'milestones': [100000]}}
+    opt['val'] |= {'val_freq': 100000, 'save_img': False}
+    assert command(folder, opt, '--variants', 'none', 'cea', '--seeds', '0', '--hours', '0') == 1
+    assert '0 of 2 trainings are done; the same command goes on.' in capsys.readouterr().err
+    words = ['study', '-opt', 'o.yml', '--variants', 'none', 'cea', '--seeds', '0']
+    code = f'import sys; sys.path.insert(0, {str(ROOT)!r}); from cea_arch.cli import main; sys.exit(main({words!r}))'
+    process = subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True, cwd=folder)
+    log = folder / 'experiments/run_study/run_none_s0.log'
+    while not (log.is_file() and 'iter:       1' in log.read_text()):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[1]
+    assert (process.returncode, 'failed' in said) == (1, False), said
+    assert '0 of 2 trainings are done; the same command goes on.' in said
+    assert 'Stopped by SIGTERM after iteration' in log.read_text()
+    assert list(Path(folder, 'experiments/run_none_s0/training_states').glob('*.state'))
+    assert not (folder / 'experiments/run_cea_s0').exists()
 
 
 def test_what_cea_does_is_told_by_site():
@@ -84,19 +165,41 @@ def test_what_cea_does_is_told_by_site():
     assert all(cosine == pytest.approx(1) for _, cosine in study.residuals(net, [images[0]] * 2).values())
     static = study.residuals(CEAIR(**tiny, factors='static'), images)
     assert all(cosine == pytest.approx(1) for _, cosine in static.values())
-    assert '| cea | fuse.2.cea | ' in study.residual_table({'cea': (found, found)})
 
 
-def test_the_table_pairs_seeds():
-    results = {('none', 0): 20.0, ('none', 1): 22.0, ('none', 2): 24.0, ('cea', 0): 21.0, ('cea', 1): 24.0}
-    text = study.table({key: {'rain': value} for key, value in results.items()}, {'none': 1000, 'cea': 999})
-    assert text.splitlines()[:5] == [
-        '| variant | parameters | seeds | rain |',
-        '|---|---:|---:|---:|',
-        '| none | 1,000 | 3 | 22.00 ± 2.00 |',
-        '| cea | 999 | 2 | 22.50 ± 2.12 |',
-        '| cea - none | | 2 | +1.50 ± 0.71 |',
+def test_silencing_is_told_in_decibels():
+    torch.manual_seed(0)
+    net = CEAIR(size='T', dim=8, num_blocks=[1, 1, 1, 1], cea_width=8)
+    torch.nn.init.normal_(net.output.weight, std=0.1)
+    picture = torch.rand(1, 3, 24, 32)
+    with torch.no_grad():
+        own = net(picture)
+    found = study.ablated(net, {'x': [(picture, (own + 0.01).clamp(0, 1))]})
+    assert found['x'] == found['mean'] < 0
+
+
+def a_run(variant, seed, psnr, **more):
+    return {'variant': variant, 'seed': seed, 'core_seconds': 1800, 'psnr': {'rain': psnr}} | more
+
+
+def test_the_tables_pair_seeds():
+    runs = [a_run('none', seed, value) for seed, value in enumerate((20.0, 22.0, 24.0))]
+    runs += [a_run('cea', 0, 21.0, ablated={'rain': -1.0}), a_run('cea', 1, 24.0, ablated={'rain': -3.0})]
+    variants = {'none': {'parameters': 1000, 'steps': 5}, 'cea': {'parameters': 999, 'steps': 5}}
+    lines = tables({'reference': 'cea', 'variants': variants, 'runs': runs}).splitlines()
+    assert lines[:4] == [
+        '| variant | parameters | steps | core-hours | seeds | rain |',
+        '|---|---|---|---|---|---|',
+        '| none | 1,000 | 5 | 0.50 | 3 | 22.00 ± 2.00 |',
+        '| cea | 999 | 5 | 0.50 | 2 | 22.50 ± 2.12 |',
     ]
+    assert '| none | 2 | +1.50 ± 6.35 |' in lines  # t of one degree of freedom, 12.71, times 0.5
+    assert '| cea | 2 | -2.00 ± 1.41 |' in lines
+
+
+def test_intervals_are_students():
+    mean, half = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (mean, half) == (3.0, pytest.approx(2.776445 * 1.5811388 / 5**0.5))
 
 
 def test_a_training_that_fails_is_named(workplace, capsys):
@@ -112,7 +215,7 @@ def test_a_training_that_fails_is_named(workplace, capsys):
     ('change', 'words', 'message'),
     [
         ({}, ['--variants', 'statc'], "variant 'statc' is not known. Did you mean 'static'?"),
-        ({'network_g': {'type': 'SRVGGNetCompact'}}, [], 'cea study varies CEAIR; network_g is SRVGGNetCompact.'),
+        ({'network_g': {'type': 'SRVGGNetCompact'}}, [], "variant 'none' is not known. Known: cea."),
         ({'val': {'val_freq': 1}}, [], 'cea study needs psnr among val.metrics'),
         ({}, ['--set', 'path.pretrain_network_g=o.yml'], 'cea study trains from nothing: path.pretrain_network_g must'),
         (
