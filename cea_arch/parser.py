@@ -220,6 +220,8 @@ def _add_explain(commands: argparse._SubParsersAction) -> None:
     _add_device(command)
     command.add_argument('--layer', metavar='LAYER', help='whose probes and routing are drawn (default: the last one)')
     command.add_argument('--synthetic', action='store_true', help='degrade each picture first, by each kind in turn')
+    text = 'with --synthetic: what is lost with so many components of each layer alone'
+    command.add_argument('--keep', type=int, nargs='+', default=[], metavar='N', help=text)
     command.add_argument('--sheets', type=int, default=12, help='none for more pictures than so many (default: 12)')
     command.add_argument('--overwrite', action='store_true', help='replace files that exist')
 

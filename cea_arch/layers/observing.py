@@ -1,6 +1,6 @@
 """What CEA does in a network, seen while pictures pass, and networks with its layers silenced; weights stay."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -58,6 +58,48 @@ def silenced(net: nn.Module, names: Collection[str] | None = None) -> Iterator[N
 
 
 @contextmanager
+def keeping(
+    net: nn.Module, count: int, order: Mapping[str, Tensor] | None = None, merged: bool = False
+) -> Iterator[None]:
+    """Let every site use ``count`` components of each target alone.
+
+    Args:
+        net: Network with CEA layers.
+        count: How many are kept.
+        order: By site, components in the order in which they are kept, ``(K,)``; by default the strongest in each
+            picture, see :attr:`Residual.shares`.
+        merged: Instead, the best approximation of dW of so low a rank, by its singular values.
+    """
+    done = []
+    try:
+        for name, site in sites(net).items():
+            adapter = site.adapter if isinstance(site, CEALayer) else site
+            places = None if order is None else order[name]
+            adapter.forward = partial(_reduced, adapter, count, places, merged)
+            done.append(adapter)
+        yield
+    finally:
+        for adapter in done:
+            del adapter.forward
+
+
+def _reduced(adapter: HyperAdapter, count: int, order: Tensor | None, merged: bool, x: Tensor) -> Factors:
+    bases, directions = HyperAdapter.forward(adapter, x)
+    if merged:
+        left, values, right = torch.linalg.svd(bases.mT @ directions, full_matrices=False)
+        wanted = count * len(adapter.spec.parts)
+        kept = values[:, :wanted].sqrt()
+        empty = bases.shape[1] - kept.shape[1]
+        rows = (left[..., :wanted] * kept[:, None]).mT, right[:, :wanted] * kept[..., None]
+        return tuple(nn.functional.pad(part, (0, 0, 0, empty)) for part in rows)
+    strength = energies(adapter, as_tokens(x, 'bchw'), (bases, directions))
+    if order is not None:
+        strength = torch.zeros_like(strength).index_fill(1, order[:count], 1.0)
+    weakest = strength.unflatten(1, (-1, adapter.spec.rank)).argsort(-1, descending=True).argsort(-1) >= count
+    return bases, directions.masked_fill(weakest.flatten(1)[..., None], 0)
+
+
+@contextmanager
 def _standing_in(net: nn.Module, actions: dict[str, tuple[Callable, Callable]]) -> Iterator[None]:
     """Let functions stand for what sites do: the first for an adapter's ``project``, the second for a layer's call."""
     known = sites(net)
@@ -103,7 +145,12 @@ def _added(layer: CEALayer, x: Tensor, y: Tensor | None = None, *, note: Callabl
 def _residual(adapter: HyperAdapter, tokens: Tensor, residual: Tensor, plain: Tensor, factors: Factors) -> Residual:
     beside = torch.cat([plain[..., a:b] for a, b in adapter.spec.parts.values()], dim=-1)
     bases, directions = (rows[0].detach() for rows in factors)
-    affinity = affinities(tokens[:1], bases[None]).unflatten(-1, (-1, adapter.spec.rank))
-    routed = (top_k(affinity) if adapter.routing == 'topk' else affinity).flatten(-2)
-    energy = routed[0].detach().float().square().sum(0) * directions.square().sum(-1)
+    energy = energies(adapter, tokens[:1], (bases[None], directions[None]))[0]
     return Residual((residual.norm() / beside.norm()).item(), bases, directions, energy / energy.sum())
+
+
+def energies(adapter: HyperAdapter, tokens: Tensor, factors: Factors) -> Tensor:
+    """The energy that each component adds to tokens ``(B, N, d_in)``, ``(B, K)``, as if they were orthogonal."""
+    affinity = affinities(tokens, factors[0]).unflatten(-1, (-1, adapter.spec.rank))
+    routed = (top_k(affinity) if adapter.routing == 'topk' else affinity).flatten(-2)
+    return routed.detach().float().square().sum(1) * factors[1].detach().square().sum(-1)

@@ -1,7 +1,7 @@
 """``cea explain``: where CEA's probes look in a picture, what each layer adds, how far pictures are from each other."""
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from cea_arch.errors import UserError, suggest
 from cea_arch.files import refuse_to_replace
 from cea_arch.layers import HyperAdapter
 from cea_arch.layers.cea import DynamicFactors
-from cea_arch.layers.observing import Residual, observing, silenced, sites
+from cea_arch.layers.observing import Residual, keeping, observing, silenced, sites
 from cea_arch.restoring.fitting import Fit
 from cea_arch.restoring.jobs import find_jobs
 from cea_arch.restoring.maps import RoutingMaps, draw_maps, laid_out
@@ -55,7 +55,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f'{args.model} holds a network without CEA layers.')
     if args.layer and args.layer not in names:
         raise UserError(f'no CEA layer {args.layer!r}.{suggest(args.layer, names)} There are {", ".join(names)}.')
-    output, factors = Path(args.output), {}
+    if args.keep and not args.synthetic:
+        raise UserError('--keep compares with the picture as it was: it needs --synthetic.')
+    output, factors, pairs = Path(args.output), {}, {}
     plan = find_jobs(args.inputs, output, recursive=True)
     if plan.failures:
         raise UserError(plan.failures[0])
@@ -67,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
             image = torch.from_numpy(degraded / np.float32(255)).permute(2, 0, 1)[None].to(restorer.device)
             restored, seen = observe(restorer.net, restorer.fit, image)
             factors.setdefault(group, []).append(seen)
+            pairs.setdefault(group, []).append((image, pixels))
             if len(plan.jobs) * (len(TASKS) if args.synthetic else 1) <= args.sheets:
                 layers = explain(restorer.net, restorer.fit, image, restored, seen)
                 sheet = draw_sheet(restorer.net, restorer.fit, image, restored, args.layer or list(names)[-1])
@@ -75,6 +78,8 @@ def run(args: argparse.Namespace) -> None:
                 print(f'{target}, layer {args.layer or list(names)[-1]}:\n\n{layer_table(layers)}')
     if sum(map(len, factors.values())) > 1:
         _explain_distances(factors, output, args.overwrite)
+    if args.keep:
+        print(f'\n{sparsity_table(restorer.net, restorer.fit, pairs, factors, args.keep)}')
 
 
 @torch.no_grad()
@@ -124,6 +129,52 @@ def layer_table(layers: Mapping[str, Layer]) -> str:
     lines += [f'| {n} | {x.size:.2f} | {x.used:.1f} | {x.rank:.1f} | {x.change:.2f} |' for n, x in layers.items()]
     said = 'Size: |dY| / |XW|. Used, rank: as if evenly. Without it: how far the result would be, in levels of 255.'
     return '\n'.join([*lines, '', said, ''])
+
+
+@torch.no_grad()
+def sparsity_table(
+    net: nn.Module,
+    fit: Fit,
+    pairs: Mapping[str, list[tuple[Tensor, np.ndarray]]],
+    factors: Mapping[str, list[Mapping[str, Residual]]],
+    counts: Sequence[int],
+) -> str:
+    """Markdown: PSNR by kind with all components, and what is lost with fewer.
+
+    Args:
+        net: Network with CEA layers.
+        fit: Which sizes it takes.
+        pairs: By kind, degraded images ``(1, 3, H, W)`` in [0, 1] and what they were, RGB uint8.
+        factors: By kind, what the layers have added to each of them.
+        counts: How many components are kept.
+    """
+    every = [one for members in factors.values() for one in members]
+    mean = {name: torch.stack([one[name].shares for one in every]).mean(0) for name in every[0]}
+    order = {name: shares.argsort(descending=True) for name, shares in mean.items()}
+    ways = {'none': silenced(net)}
+    for count in counts:
+        ways |= {
+            f'{count} strongest of each picture': keeping(net, count),
+            f'{count} strongest of all': keeping(net, count, order),
+            f'dW of rank {count}': keeping(net, count, merged=True),
+        }
+
+    def scores() -> list[float]:
+        return [np.mean([_psnr(fit.run(net, image), clean) for image, clean in members]) for members in pairs.values()]
+
+    whole = scores()
+    lines = [f'| kept | {" | ".join(pairs)} | mean |', f'|---|{"---:|" * (len(pairs) + 1)}']
+    lines.append(f'| all | {" | ".join(f"{value:.2f}" for value in (*whole, np.mean(whole)))} |')
+    for name, way in ways.items():
+        with way:
+            losses = [value - full for value, full in zip(scores(), whole)]
+        lines.append(f'| {name} | {" | ".join(f"{value:+.2f}" for value in (*losses, np.mean(losses)))} |')
+    return '\n'.join([*lines, '', 'PSNR in dB; below the first row what changes against it.'])
+
+
+def _psnr(restored: Tensor, clean: np.ndarray) -> float:
+    result = restored[0].clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+    return -10 * float(np.log10(np.square(result - clean / 255).mean()))
 
 
 def draw_sheet(net: nn.Module, fit: Fit, image: Tensor, restored: Tensor, name: str) -> np.ndarray:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cea_arch.layers import CEALayer, inject_cea, remove_cea
-from cea_arch.layers.observing import observing, silenced, sites
+from cea_arch.layers.observing import keeping, observing, silenced, sites
 from cea_arch.networks import CEAIR
 from tests.networks.test_cea_ir import TINY, lively
 
@@ -98,3 +98,46 @@ def test_a_layer_alone_is_a_site():
     with torch.no_grad(), observing(nn.ModuleDict({'a': layer})) as seen:
         layer(x, x)
     assert seen['a'][0].bases.shape == (2, 8)
+
+
+@pytest.mark.parametrize('options', [{}, {'block': 'attention', 'modulate': ['q', 'v']}, {'routing': 'topk'}], ids=str)
+def test_components_are_dropped_where_they_add_least(options):
+    torch.manual_seed(0)
+    net, x = lively(CEAIR(**TINY | options)), torch.rand(2, 3, 24, 32)
+    name, site = next(iter(sites(net).items()))
+    rank = site.spec.rank
+    with torch.no_grad():
+        whole = net(x)
+        with keeping(net, rank):
+            torch.testing.assert_close(net(x), whole)
+        with observing(net) as before:
+            net(x)
+        with keeping(net, 1), observing(net) as seen:
+            net(x)
+        strongest = before[name][0].shares.unflatten(0, (-1, rank)).argmax(-1)
+        kept = seen[name][0].directions.norm(dim=-1).unflatten(0, (-1, rank)) > 0
+        assert kept.sum(-1).tolist() == [1] * len(kept)
+        assert torch.equal(kept.int().argmax(-1), strongest)
+        order = {n: torch.arange(len(found[0].shares)).flip(0) for n, found in before.items()}
+        with keeping(net, 1, order), observing(net) as seen:
+            net(x)
+        assert (seen[name][0].directions.norm(dim=-1) > 0).nonzero().flatten().tolist()[-1] == len(order[name]) - 1
+    assert 'forward' not in vars(site)
+
+
+def test_a_residual_of_lower_rank_is_the_nearest_one():
+    torch.manual_seed(0)
+    net, x = lively(CEAIR(**TINY)), torch.rand(1, 3, 24, 32)
+    name, site = next(iter(sites(net).items()))
+    with torch.no_grad():
+        whole = net(x)
+        with observing(net) as full:
+            net(x)
+        with keeping(net, site.spec.rank, merged=True):
+            torch.testing.assert_close(net(x), whole, rtol=1e-3, atol=1e-4)
+        with keeping(net, 2, merged=True), observing(net) as seen:
+            net(x)
+    product, less = (found[name][0].bases.mT @ found[name][0].directions for found in (full, seen))
+    values = torch.linalg.svdvals(product)
+    assert torch.linalg.matrix_rank(less, rtol=1e-3) == 2
+    torch.testing.assert_close((product - less).square().sum(), values[2:].square().sum(), rtol=1e-3, atol=1e-6)

@@ -51,6 +51,22 @@ def test_sheets_tables_and_distances(model, pictures, capsys):
     said = capsys.readouterr().out
     assert '12 pictures, 6 kinds (low_light, rain, snow, haze, blur, noise)' in said
     assert '| layer |' not in said
+    assert main(['explain', inputs[0], *words, '--keep', '2']) == 2
+    assert '--keep compares with the picture as it was: it needs --synthetic.' in capsys.readouterr().err
+
+
+def test_what_fewer_components_cost(model, pictures, capsys):
+    words = ['explain', str(pictures / 'light/light0.png'), '-m', str(pictures / 'a.pth'), '-o', str(pictures / 'out')]
+    assert main([*words, '--synthetic', '--sheets', '0', '--keep', '8', '1', '--device', 'cpu']) == 0
+    rows = [line.split(' | ') for line in capsys.readouterr().out.splitlines() if line.startswith('| ')]
+    rows = [row for row in rows if len(row) == 8 and row[0] != '| kept']
+    table = {row[0].removeprefix('| '): [float(cell.rstrip(' |')) for cell in row[1:]] for row in rows}
+    ways = ('{} strongest of each picture', '{} strongest of all', 'dW of rank {}')
+    assert list(table) == ['all', 'none', *(way.format(n) for n in (8, 1) for way in ways)]
+    for way in ways:
+        assert table[way.format(8)] == pytest.approx([0] * 7, abs=0.011)
+    assert any(table['none'])
+    assert any(table['1 strongest of all'])
 
 
 def test_figures_of_a_layer(model):
