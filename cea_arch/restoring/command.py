@@ -88,6 +88,7 @@ def _restorer(args: argparse.Namespace) -> Restorer:
         args.conditioning,
         strength=args.strength,
         network_g=args.network_g,
+        adapt=args.adapt,
     )
     if restorer.device.type == 'cpu':
         restorer.threads = ThreadChooser()
@@ -140,8 +141,8 @@ def _said(error: Exception, source: Path) -> str:
 
 
 def _restore_clip(job: Job, restorer: Restorer, args: argparse.Namespace, advance: Callable[[int, int], None]) -> None:
-    if args.compare or restorer.maps:
-        raise UserError(f'{job.source}: --compare and --maps are for pictures, not for clips.')
+    if args.compare or restorer.maps or args.adapt:
+        raise UserError(f'{job.source}: --compare, --maps and --adapt are for pictures, not for clips.')
     refuse_to_replace(job.target, args.overwrite)
     restorer.progress = lambda part, parts: None
     restore_clip(job.source, job.target, restorer, lambda done, total: advance(min(done, total), max(total, 1)))

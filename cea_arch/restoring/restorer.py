@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from cea_arch.errors import Notice, UserError
 from cea_arch.files import PACKAGED_WEIGHTS
 from cea_arch.layers.whole_image import WholeImage
 from cea_arch.networks.from_file import load_network
+from cea_arch.restoring.adapting import adapted
 from cea_arch.restoring.fitting import Fit, find_fit
 from cea_arch.restoring.maps import RoutingMaps
 from cea_arch.restoring.tiling import (
@@ -69,6 +70,7 @@ class Restorer:
         progress: Called after each tile with the number of tiles done and the number of all.
         strength: What comes out is so much of the result and else the input: 0 is the input, 1 the result.
         network_g: Options of the network in the file ``model``, where it does not say them.
+        adapt: Steps in which the probes' queries follow each picture first, see :mod:`cea_arch.restoring.adapting`.
 
     Attributes:
         maps: A :class:`cea_arch.restoring.maps.RoutingMaps` of the network, to be filled by each call; none by default.
@@ -89,6 +91,7 @@ class Restorer:
         progress: Callable[[int, int], None] = lambda done, total: None,
         strength: float = 1.0,
         network_g: Mapping[str, Any] | None = None,
+        adapt: int = 0,
     ) -> None:
         for name, value, known in (
             ('precision', precision, PRECISIONS),
@@ -100,6 +103,8 @@ class Restorer:
             raise UserError(f'tile must be auto or a number of pixels, got {tile!r}.')
         if not 0 <= strength <= 1:
             raise UserError(f'strength must be from 0, the input, to 1, the result; got {strength!r}.')
+        if adapt < 0:
+            raise UserError(f'adapt must be a number of steps, 0 for none; got {adapt}.')
         check_tiles(0 if tile == 'auto' else tile, overlap)
         self.device = choose_device(device)
         net = model if isinstance(model, nn.Module) else load_network(model, network_g)
@@ -110,6 +115,7 @@ class Restorer:
         self.conditioning = conditioning
         self.progress = progress
         self.strength = strength
+        self.adapt = adapt
         self.maps: RoutingMaps | None = None
         self.threads: ThreadChooser | None = None
 
@@ -145,7 +151,10 @@ class Restorer:
     @torch.no_grad()
     def paint(self, canvas: Canvas) -> None:
         """Restore an image wherever it is kept; what is written is not clipped. Errors as for a call."""
-        with self.maps.recording() if self.maps else nullcontext():
+        if self.adapt and self.fit.scale > 1:
+            raise UserError('adapt: the network enlarges, so a picture cannot tell it what was hidden.')
+        following = adapted(self.net, partial(self.fit.run, self.net), canvas.read, canvas.size, self.adapt)
+        with following, self.maps.recording() if self.maps else nullcontext():
             height, width = canvas.size
             tile = self._tile_for(height, width)
             if not tile or max(height, width) <= tile:

@@ -260,7 +260,7 @@ def test_the_command_restores_clips_beside_pictures(model, tmp_path, photograph,
     assert main(['restore', clips[0], *words]) == 1
     assert 'a.mp4 exists; --overwrite replaces it' in capsys.readouterr().err
     assert main(['restore', clips[0], *words, '--maps']) == 1
-    assert '--compare and --maps are for pictures' in capsys.readouterr().err
+    assert '--compare, --maps and --adapt are for pictures' in capsys.readouterr().err
 
 
 def test_mistakes_are_named(tmp_path, monkeypatch):
