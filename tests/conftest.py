@@ -24,6 +24,12 @@ NET = {'type': 'CEAIR', 'size': 'T', 'dim': 8, 'num_blocks': [1, 1, 1, 1]}
 
 
 @pytest.fixture(autouse=True)
+def _no_plugins(monkeypatch):
+    """What another test has imported stays imported, but is not stored with this one's weights."""
+    monkeypatch.setattr('cea_arch.plugins._loaded', {})
+
+
+@pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
     np.random.seed(0)

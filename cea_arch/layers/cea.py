@@ -234,20 +234,21 @@ class DynamicFactors(ImageWide):
         """Folded queries ``(heads * 2r, width)``; the normalised context ``(B, N, width)`` that they search."""
         tokens = as_tokens(x, 'bchw') if self.condense is None else self.condense(x, core)
         norm = self.norm_context
-        tokens = norm(tokens.to(norm.weight.dtype).contiguous()).to(wide(x.dtype))
-        return self.folded_queries().to(tokens.dtype), tokens
+        with no_autocast(x.device):
+            tokens = norm(tokens.to(norm.weight.dtype).contiguous()).to(wide(x.dtype))
+            return self.folded_queries().to(tokens.dtype), tokens
 
     def attention(self, x: Tensor) -> Tensor:
         """Where the probes of A and B look, ``(B, 2, r, N)``: softmax over the N cells, mean of the heads."""
+        queries, tokens = self.sought(x)
         with no_autocast(x.device):
-            queries, tokens = self.sought(x)
             weights = (queries @ tokens.mT).softmax(-1)
         return weights.unflatten(1, (self.num_heads, 2, -1)).mean(1)
 
     def statistics(self, x: Tensor, core: Core | None = None) -> Statistics:
         """Weighted sums of the context, ``(B, heads, 2r, width)``; of a part, log-sum-exps ``(..., 1)`` beside them."""
+        queries, tokens = self.sought(x, core)
         with no_autocast(x.device):
-            queries, tokens = self.sought(x, core)
             shared = tokens.unsqueeze(1)  # keys and values of one head: the heads lie in the queries
             sums = F.scaled_dot_product_attention(queries.expand(x.shape[0], 1, -1, -1), shared, shared, scale=1.0)
             found = (sums,) if core is None else (sums, (queries @ tokens.mT).logsumexp(-1, keepdim=True).unsqueeze(1))

@@ -125,9 +125,13 @@ def matched(network: dict[str, Any], opt: dict[str, Any], name: str) -> dict[str
 
 
 def parameters(network: dict[str, Any]) -> int:
-    """How many a network has, counted without making them."""
-    with torch.device('meta'):
-        return sum(p.numel() for p in build_network(network).parameters())
+    """How many a network has, counted without making them where its constructor lets itself be called so."""
+    try:
+        with torch.device('meta'):
+            net = build_network(network)
+    except RuntimeError:
+        net = build_network(network)
+    return sum(p.numel() for p in net.parameters())
 
 
 def _of_kind(network: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -18,9 +18,11 @@ from cea_arch.networks.from_file import load_network
 from cea_arch.networks.with_cea import WithCEA
 from tests.conftest import ROOT
 from tests.layers.test_inject import options_of
-from tests.networks.test_cea_ir import TINY, lively
+from tests.networks import test_cea_ir
+from tests.networks.test_cea_ir import lively
 
 pytestmark = pytest.mark.usefixtures('one_thread')
+TINY = test_cea_ir.TINY | {'cea_stages': ['latent'], 'modulate': ['mixed', 'fuse']}  # exporters take a second a layer
 
 
 @pytest.fixture(scope='module')

@@ -22,8 +22,7 @@ WINDOWED = {'type': 'WithCEA', 'base': {'type': 'StandInNet', 'window_size': 8},
 
 
 @pytest.fixture(autouse=True)
-def _forgotten(monkeypatch, tmp_path):
-    monkeypatch.setattr(plugins, '_loaded', {})
+def _here(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 

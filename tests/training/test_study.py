@@ -78,7 +78,7 @@ def test_variants_of_a_host():
         find_variants(opt, ['none'], match=True)
     opt['network_g'] = {'type': 'RIDNet', 'in_channels': 3, 'mid_channels': 8, 'out_channels': 3}
     assert [one.name for one in find_variants(opt, ['cea', 'mine'], match=False)] == ['cea', 'mine']
-    with pytest.raises(UserError, match=r"variant 'none' is not known\. Known: cea, mine"):
+    with pytest.raises(UserError, match=r"variant 'none' is not known\..* Known: cea, mine"):
         find_variants(opt, ['none'], match=False)
 
 
