@@ -50,7 +50,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f' Did you mean {near[0]!r}?' if near else ''
 
 
-def told(error: Exception) -> str:
+def told(error: BaseException) -> str:
     """An error of other people's code as a sentence, with the last line of theirs that led to it; torch's are not."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_PASSED)]
     frames = [f for f in frames if '/torch/' not in Path(f.filename).as_posix()]

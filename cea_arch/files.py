@@ -56,7 +56,11 @@ def as_path(text: str) -> Path:
 
 def refuse_to_replace(path: Path, overwrite: bool) -> None:
     """Raise UserError if ``path`` exists, unless ``overwrite``."""
-    if path.exists() and not overwrite:
+    try:
+        exists = path.exists()
+    except OSError as error:  # as of a name that is too long
+        raise UserError(f'{path} cannot be written: {error.strerror}.') from error
+    if exists and not overwrite:
         raise UserError(f'{path} exists; --overwrite replaces it.')
 
 

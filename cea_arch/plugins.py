@@ -28,6 +28,8 @@ def load_plugins(names: Iterable[str], label: str = '--plugin') -> None:
         UserError: There is none of that name, or its import fails: which, where and why; basicsr is absent.
     """
     for name in names:
+        if not name.strip() or ('/' in name and not name.endswith('.py')):
+            raise UserError(f'{label}: expected a module, such as hat.archs, or a file NAME.py; got {name!r}.')
         file = Path(name).expanduser().absolute()
         key = str(file) if name.endswith('.py') else name
         if key in _loaded:
@@ -36,11 +38,14 @@ def load_plugins(names: Iterable[str], label: str = '--plugin') -> None:
             raise UserError(f'{label} {name}: {REMEDY}')
         _make_findable(str(file.parent) if name.endswith('.py') else str(Path.cwd()))
         try:
-            _loaded[key] = _import_file(file) if name.endswith('.py') else importlib.import_module(name)
+            module = _import_file(file) if name.endswith('.py') else importlib.import_module(name)
         except UserError:
             raise
-        except Exception as error:  # of code that is not ours
+        except (Exception, SystemExit) as error:  # of code that is not ours
             raise UserError(f'{label}: {name} cannot be imported: {_said(error)}') from error
+        if getattr(module, '__file__', None) is None:
+            raise UserError(f'{label}: {name} is a folder without __init__.py: name the modules in it.')
+        _loaded[key] = module
 
 
 def loaded_plugins(with_folders: bool = True) -> list[str]:
@@ -64,7 +69,7 @@ def _import_file(file: Path) -> ModuleType:
     return importlib.import_module(file.stem)
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """Why an import failed."""
     if clash := _CLASH.search(str(error)):
         name, kind = clash[1], clash[2].upper()

@@ -58,19 +58,22 @@ def run(args: argparse.Namespace) -> None:
     if args.keep and not args.synthetic:
         raise UserError('--keep compares with the picture as it was: it needs --synthetic.')
     output, factors, pairs = Path(args.output), {}, {}
-    plan = find_jobs(args.inputs, output, recursive=True)
-    if plan.failures:
-        raise UserError(plan.failures[0])
-    for source in (job.source for job in plan.jobs):
+    plans = [find_jobs([name], output, recursive=True) for name in args.inputs]  # equal names are two kinds' pictures
+    if failures := [failure for plan in plans for failure in plan.failures]:
+        raise UserError(failures[0])
+    sources = list(dict.fromkeys(job.source for plan in plans for job in plan.jobs))
+    stems = [source.stem for source in sources]
+    for source in sources:
         pixels = _middle(as_rgb8(read_picture(source).pixels))
         for group, degraded in _versions(pixels, args.synthetic, source):
-            target = output / f'{source.stem}{f"_{group}" if args.synthetic else ""}_explained.png'
+            name = source.stem if stems.count(source.stem) == 1 else f'{source.absolute().parent.name}_{source.stem}'
+            target = output / f'{name}{f"_{group}" if args.synthetic else ""}_explained.png'
             refuse_to_replace(target, args.overwrite)
             image = torch.from_numpy(degraded / np.float32(255)).permute(2, 0, 1)[None].to(restorer.device)
             restored, seen = observe(restorer.net, restorer.fit, image)
             factors.setdefault(group, []).append(seen)
             pairs.setdefault(group, []).append((image, pixels))
-            if len(plan.jobs) * (len(TASKS) if args.synthetic else 1) <= args.sheets:
+            if len(sources) * (len(TASKS) if args.synthetic else 1) <= args.sheets:
                 layers = explain(restorer.net, restorer.fit, image, restored, seen)
                 sheet = draw_sheet(restorer.net, restorer.fit, image, restored, args.layer or list(names)[-1])
                 output.mkdir(parents=True, exist_ok=True)

@@ -142,7 +142,8 @@ def network_section(path: str) -> dict[str, Any]:
     with opt.placing():
         import_plugins(opt)
         if not isinstance(opt.get('network_g'), dict):
-            raise UserError(f'network_g must be a mapping with a type, got {opt.get("network_g")!r}.', 'network_g')
+            found = f', got {opt["network_g"]!r}' if 'network_g' in opt else ': it is missing'
+            raise UserError(f'network_g must be a mapping with a type{found}.', 'network_g')
     return opt['network_g']
 
 

@@ -69,6 +69,20 @@ def test_what_fewer_components_cost(model, pictures, capsys):
     assert any(table['1 strongest of all'])
 
 
+def test_equal_names_in_two_folders_and_names_that_are_too_long(model, pictures, capsys):
+    for folder in ('light', 'dark'):
+        (pictures / folder / f'{folder}1.png').unlink()
+        (pictures / folder / f'{folder}0.png').rename(pictures / folder / 'x.png')
+    words = ['-m', str(pictures / 'a.pth'), '-o', str(pictures / 'out'), '--device', 'cpu']
+    assert main(['explain', str(pictures / 'light'), str(pictures / 'dark'), *words]) == 0
+    names = {path.name for path in (pictures / 'out').iterdir()}
+    assert names == {'light_x_explained.png', 'dark_x_explained.png', 'distances.png'}
+    (pictures / 'light/x.png').rename(long := pictures / f'{"n" * 248}.png')
+    capsys.readouterr()
+    assert main(['explain', str(long), *words]) == 2
+    assert 'cannot be written: File name too long' in capsys.readouterr().err
+
+
 def test_figures_of_a_layer(model):
     x = torch.rand(1, 3, 24, 32)
     restored, seen = observe(model, Fit(), x)

@@ -151,6 +151,16 @@ def test_plugins_that_are_not_there(capsys, tmp_path):
     for name, expected in (('none_such', "No module named 'none_such'"), ('none.py', 'none.py does not exist')):
         assert main(['schema', '--plugin', name]) == 2
         assert expected in capsys.readouterr().err
+    (tmp_path / 'bare').mkdir()
+    (tmp_path / 'leave.py').write_text('raise SystemExit(3)')
+    for name, expected in (
+        ('bare', 'bare is a folder without __init__.py'),
+        ('plug/a.txt', "expected a module, such as hat.archs, or a file NAME.py; got 'plug/a.txt'"),
+        ('', "got ''"),
+        ('leave.py', 'leave.py cannot be imported: SystemExit: 3'),
+    ):
+        assert main(['schema', '--plugin', name]) == 2
+        assert expected in capsys.readouterr().err
     (tmp_path / 'json.py').write_text('')
     assert main(['schema', '--plugin', 'json.py']) == 2
     assert 'there is another module called json' in capsys.readouterr().err
