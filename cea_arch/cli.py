@@ -114,10 +114,11 @@ def _notices_as_lines(command: str) -> Iterator[None]:
         show = warnings.showwarning
 
         def show_notice(message: Warning, kind: type, *words: Any) -> None:
-            if issubclass(kind, Notice):
-                print(f'cea {command}: {message}', file=sys.stderr)
-            else:
-                show(message, kind, *words)
+            with importlib.import_module('tqdm').tqdm.external_write_mode(sys.stderr):  # above a progress bar
+                if issubclass(kind, Notice):
+                    print(f'cea {command}: {message}', file=sys.stderr)
+                else:
+                    show(message, kind, *words)
 
         warnings.simplefilter('always', Notice)
         warnings.showwarning = show_notice

@@ -28,17 +28,18 @@ def load_plugins(names: Iterable[str], label: str = '--plugin') -> None:
         UserError: There is none of that name, or its import fails: which, where and why; basicsr is absent.
     """
     for name in names:
-        if not name.strip() or ('/' in name and not name.endswith('.py')):
+        is_file = name.endswith('.py')
+        if not name.strip() or ('/' in name and not is_file):
             raise UserError(f'{label}: expected a module, such as hat.archs, or a file NAME.py; got {name!r}.')
         file = Path(name).expanduser().absolute()
-        key = str(file) if name.endswith('.py') else name
+        key = str(file) if is_file else name
         if key in _loaded:
             continue
         if not has_basicsr():
             raise UserError(f'{label} {name}: {REMEDY}')
-        _make_findable(str(file.parent) if name.endswith('.py') else str(Path.cwd()))
+        _make_findable(str(file.parent if is_file else Path.cwd()))
         try:
-            module = _import_file(file) if name.endswith('.py') else importlib.import_module(name)
+            module = _import_file(file) if is_file else importlib.import_module(name)
         except UserError:
             raise
         except (Exception, SystemExit) as error:  # of code that is not ours

@@ -81,7 +81,7 @@ def arguments(
     """
     properties, required, closed = {'type': TEXT}, [], True
     for name, parameter in inspect.signature(target).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD and not target.__module__.startswith(('basicsr.', 'cea_arch.')):
+        if parameter.kind is parameter.VAR_KEYWORD and is_foreign(target):
             closed = False  # it decides itself; those of basicsr take any word and do nothing with it
         if name in given or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
@@ -89,6 +89,11 @@ def arguments(
         if parameter.default is parameter.empty:
             required.append(name)
     return section(properties, required, closed)
+
+
+def is_foreign(target: Callable) -> bool:
+    """Whether a class or function is neither basicsr's nor ours."""
+    return not target.__module__.startswith(('basicsr.', 'cea_arch.'))
 
 
 def _of_annotation(annotation: Any) -> Rule:

@@ -57,15 +57,19 @@ def load(path: str | Path, network_g: Mapping[str, Any] | None = None) -> spandr
     fit = find_fit(net, torch.device('cpu'))
     if isinstance(net, CEAIR):
         return _descriptor(net, CEAIRArch(), [], fit.scale, 3)
-    weights = {name.removeprefix('base.'): v for name, v in net.state_dict().items() if '.cea.' not in name}
     try:
-        base = spandrel.MAIN_REGISTRY.load(weights)
+        base = _base_of(net.state_dict())
     except Exception:  # whatever it takes other networks' weights for
         minimum, half, bfloat16 = _smallest(net, fit), _runs_in(net, torch.float16), _runs_in(net, torch.bfloat16)
     else:
         minimum, half, bfloat16 = base.size_requirements.minimum, base.supports_half, base.supports_bfloat16
     size = spandrel.SizeRequirements(minimum=minimum, multiple_of=fit.multiple)
     return _descriptor(net, WithCEAArch(), [], fit.scale, 3, size, None, half, bfloat16)
+
+
+def _base_of(weights: Mapping[str, Tensor]) -> spandrel.ModelDescriptor:
+    """What spandrel makes of the weights of a network without its CEA layers."""
+    return spandrel.MAIN_REGISTRY.load({n.removeprefix('base.'): v for n, v in weights.items() if '.cea.' not in n})
 
 
 @torch.no_grad()
@@ -118,7 +122,7 @@ class WithCEAArch(spandrel.Architecture[nn.Module]):
         """As spandrel asks; UserError for CEA layers alone, UnsupportedModelError for a base that it does not know."""
         need_whole(state_dict, 'cea.pth')
         weights = {name.removeprefix('base.'): value for name, value in state_dict.items()}
-        base = spandrel.MAIN_REGISTRY.load({name: value for name, value in weights.items() if '.cea.' not in name})
+        base = _base_of(weights)
         pattern, replacement = RENAMED.get(base.architecture.id, ('', ''))
         layers: dict[str, dict[str, Tensor]] = {}
         for name, value in weights.items():

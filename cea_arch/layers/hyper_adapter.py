@@ -137,6 +137,11 @@ class HyperAdapter(nn.Module):
             out = assemble(onto, tokens, factors, self.spec.rank, self.routing)
         return from_tokens(out, x, 'bchw')
 
+    def routed(self, tokens: Tensor, bases: Tensor) -> Tensor:
+        """How much of each component tokens ``(B, N, d_in)`` take, by target, ``(B, N, targets, r)``."""
+        shares = affinities(tokens, bases).unflatten(-1, (-1, self.spec.rank))
+        return top_k(shares) if self.routing == 'topk' else shares
+
     def affinities(self, x: Tensor, factors: Factors) -> dict[str, Tensor]:
         """The routing, made visible: by target, how much of each component every token takes, ``(B, r, H, W)``.
 
@@ -144,7 +149,5 @@ class HyperAdapter(nn.Module):
             x: Features ``(B, C, H, W)``.
             factors: What :meth:`forward` wrote of them.
         """
-        shares = affinities(as_tokens(x, 'bchw'), factors[0]).unflatten(-1, (-1, self.spec.rank))
-        if self.routing == 'topk':
-            shares = top_k(shares)
+        shares = self.routed(as_tokens(x, 'bchw'), factors[0])
         return {name: shares[:, :, number].mT.unflatten(2, x.shape[2:]) for number, name in enumerate(self.spec.parts)}

@@ -1,6 +1,6 @@
 """What CEA does in a network, seen while pictures pass, and networks with its layers silenced; weights stay."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from cea_arch.layers.cea import Factors, affinities, assemble, top_k
+from cea_arch.layers.cea import Factors, assemble
 from cea_arch.layers.cea_layer import CEALayer
 from cea_arch.layers.hyper_adapter import HyperAdapter
 from cea_arch.layers.tokens import as_tokens, from_tokens
@@ -42,18 +42,20 @@ def sites(net: nn.Module) -> dict[str, nn.Module]:
 @contextmanager
 def observing(net: nn.Module) -> Iterator[dict[str, list[Residual]]]:
     """Note the residuals of every site, by name, of each batch that ``net`` sees."""
-    seen: dict[str, list[Residual]] = {name: [] for name in sites(net)}
-    with _standing_in(
-        net,
-        {name: (partial(_projected, note=seen[name].append), partial(_added, note=seen[name].append)) for name in seen},
-    ):
+    seen: dict[str, list[Residual]] = {}
+    changes = []
+    for name, site in sites(net).items():
+        note = seen.setdefault(name, []).append
+        changes.append(_change(site, partial(_projected, note=note), partial(_added, note=note)))
+    with _instead(changes):
         yield seen
 
 
 @contextmanager
 def silenced(net: nn.Module, names: Collection[str] | None = None) -> Iterator[None]:
     """Let ``net`` compute with dY = 0 at the sites of these names, at all by default."""
-    with _standing_in(net, dict.fromkeys(sites(net) if names is None else names, (_plain, _unchanged))):
+    known = sites(net)
+    with _instead([_change(known[name], _plain, _unchanged) for name in (known if names is None else names)]):
         yield
 
 
@@ -70,17 +72,13 @@ def keeping(
             picture, see :attr:`Residual.shares`.
         merged: Instead, the best approximation of dW of so low a rank, by its singular values.
     """
-    done = []
-    try:
-        for name, site in sites(net).items():
-            adapter = site.adapter if isinstance(site, CEALayer) else site
-            places = None if order is None else order[name]
-            adapter.forward = partial(_reduced, adapter, count, places, merged)
-            done.append(adapter)
+    changes = []
+    for name, site in sites(net).items():
+        adapter = site.adapter if isinstance(site, CEALayer) else site
+        places = None if order is None else order[name]
+        changes.append((adapter, 'forward', partial(_reduced, adapter, count, places, merged)))
+    with _instead(changes):
         yield
-    finally:
-        for adapter in done:
-            del adapter.forward
 
 
 def _reduced(adapter: HyperAdapter, count: int, order: Tensor | None, merged: bool, x: Tensor) -> Factors:
@@ -100,20 +98,23 @@ def _reduced(adapter: HyperAdapter, count: int, order: Tensor | None, merged: bo
 
 
 @contextmanager
-def _standing_in(net: nn.Module, actions: dict[str, tuple[Callable, Callable]]) -> Iterator[None]:
-    """Let functions stand for what sites do: the first for an adapter's ``project``, the second for a layer's call."""
-    known = sites(net)
+def _instead(changes: Sequence[tuple[nn.Module, str, Callable]]) -> Iterator[None]:
+    """Let functions stand for methods of modules, by their names, until the end of the block."""
     done = []
     try:
-        for name, (project, forward) in actions.items():
-            site = known[name]
-            word, action = ('forward', forward) if isinstance(site, CEALayer) else ('project', project)
-            setattr(site, word, partial(action, site))
-            done.append((site, word))
+        for module, word, action in changes:
+            setattr(module, word, action)
+            done.append((module, word))
         yield
     finally:
-        for site, word in done:
-            delattr(site, word)
+        for module, word in done:
+            delattr(module, word)
+
+
+def _change(site: nn.Module, project: Callable, forward: Callable) -> tuple[nn.Module, str, Callable]:
+    """What is put in the place of a site's work: of an adapter's ``project``, or of a layer's call."""
+    word, action = ('forward', forward) if isinstance(site, CEALayer) else ('project', project)
+    return site, word, partial(action, site)
 
 
 def _plain(adapter: HyperAdapter, projection: nn.Module, x: Tensor) -> Tensor:
@@ -151,6 +152,5 @@ def _residual(adapter: HyperAdapter, tokens: Tensor, residual: Tensor, plain: Te
 
 def energies(adapter: HyperAdapter, tokens: Tensor, factors: Factors) -> Tensor:
     """The energy that each component adds to tokens ``(B, N, d_in)``, ``(B, K)``, as if they were orthogonal."""
-    affinity = affinities(tokens, factors[0]).unflatten(-1, (-1, adapter.spec.rank))
-    routed = (top_k(affinity) if adapter.routing == 'topk' else affinity).flatten(-2)
+    routed = adapter.routed(tokens, factors[0]).flatten(-2)
     return routed.detach().float().square().sum(1) * factors[1].detach().square().sum(-1)

@@ -107,10 +107,10 @@ class NetworkOptions(dict):
     """Options of :class:`WithCEA` in which models of others find what they look for: those of ``base``, too."""
 
     def __missing__(self, key: str) -> Any:
-        return dict(self).get('base', {})[key]
+        return dict.get(self, 'base', {})[key]
 
     def __contains__(self, key: object) -> bool:
-        return super().__contains__(key) or key in dict(self).get('base', {})
+        return super().__contains__(key) or key in dict.get(self, 'base', {})
 
     def get(self, key: str, default: Any = None) -> Any:
         try:

@@ -3,7 +3,6 @@
 import argparse
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from cea_arch import distributed
 from cea_arch.data.pictures import Picture, picture_size, read_picture
-from cea_arch.errors import Notice, UserError
+from cea_arch.errors import UserError
 from cea_arch.files import refuse_to_replace
 from cea_arch.restoring.jobs import Job, Naming, Plan, find_jobs
 from cea_arch.restoring.maps import RoutingMaps, draw_maps
@@ -103,7 +102,7 @@ def _restore_all(jobs: list[Job], restorer: Restorer, args: argparse.Namespace, 
     sizes = [_pixels(job) for job in jobs]
     shown = '{desc}{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}'
     off = True if distributed.rank() else None
-    with _warnings_as_lines(), tqdm(total=sum(sizes), bar_format=shown, disable=off) as bar:
+    with tqdm(total=sum(sizes), bar_format=shown, disable=off) as bar:
         for number, (job, pixels) in enumerate(zip(jobs, sizes), 1):
             bar.set_description(f'{job.source.name} ({number} of {len(jobs)})')
             advance = partial(_advance, bar, bar.n, pixels)
@@ -193,17 +192,3 @@ def _joined_processes() -> Iterator[None]:
         yield
     finally:
         distributed.stop()
-
-
-@contextmanager
-def _warnings_as_lines() -> Iterator[None]:
-    """Print notices as the command's own lines, above the progress bar; other people's warnings, once, as they are."""
-
-    def show(message: Warning, kind: type, file: str, line: int, *_: object) -> None:
-        text = f'cea restore: {message}' if issubclass(kind, Notice) else f'{file}:{line}: {kind.__name__}: {message}'
-        tqdm.write(text, file=sys.stderr)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter('always', Notice)
-        warnings.showwarning = show
-        yield

@@ -57,28 +57,30 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f'no CEA layer {args.layer!r}.{suggest(args.layer, names)} There are {", ".join(names)}.')
     if args.keep and not args.synthetic:
         raise UserError('--keep compares with the picture as it was: it needs --synthetic.')
+    layer = args.layer or list(names)[-1]
     output, factors, pairs = Path(args.output), {}, {}
     plans = [find_jobs([name], output, recursive=True) for name in args.inputs]  # equal names are two kinds' pictures
     if failures := [failure for plan in plans for failure in plan.failures]:
         raise UserError(failures[0])
     sources = list(dict.fromkeys(job.source for plan in plans for job in plan.jobs))
     stems = [source.stem for source in sources]
+    with_sheets = len(sources) * (len(TASKS) if args.synthetic else 1) <= args.sheets
     for source in sources:
+        name = source.stem if stems.count(source.stem) == 1 else f'{source.absolute().parent.name}_{source.stem}'
         pixels = _middle(as_rgb8(read_picture(source).pixels))
         for group, degraded in _versions(pixels, args.synthetic, source):
-            name = source.stem if stems.count(source.stem) == 1 else f'{source.absolute().parent.name}_{source.stem}'
             target = output / f'{name}{f"_{group}" if args.synthetic else ""}_explained.png'
             refuse_to_replace(target, args.overwrite)
-            image = torch.from_numpy(degraded / np.float32(255)).permute(2, 0, 1)[None].to(restorer.device)
+            image = _tensor(degraded).to(restorer.device)
             restored, seen = observe(restorer.net, restorer.fit, image)
             factors.setdefault(group, []).append(seen)
-            pairs.setdefault(group, []).append((image, pixels))
-            if len(sources) * (len(TASKS) if args.synthetic else 1) <= args.sheets:
+            if args.keep:
+                pairs.setdefault(group, []).append((image, _tensor(pixels).to(restorer.device)))
+            if with_sheets:
                 layers = explain(restorer.net, restorer.fit, image, restored, seen)
-                sheet = draw_sheet(restorer.net, restorer.fit, image, restored, args.layer or list(names)[-1])
-                output.mkdir(parents=True, exist_ok=True)
+                sheet = draw_sheet(restorer.net, restorer.fit, image, restored, layer)
                 write_picture(target, Picture(sheet, 'PNG'), args.overwrite)
-                print(f'{target}, layer {args.layer or list(names)[-1]}:\n\n{layer_table(layers)}')
+                print(f'{target}, layer {layer}:\n\n{layer_table(layers)}')
     if sum(map(len, factors.values())) > 1:
         _explain_distances(factors, output, args.overwrite)
     if args.keep:
@@ -138,7 +140,7 @@ def layer_table(layers: Mapping[str, Layer]) -> str:
 def sparsity_table(
     net: nn.Module,
     fit: Fit,
-    pairs: Mapping[str, list[tuple[Tensor, np.ndarray]]],
+    pairs: Mapping[str, list[tuple[Tensor, Tensor]]],
     factors: Mapping[str, list[Mapping[str, Residual]]],
     counts: Sequence[int],
 ) -> str:
@@ -147,7 +149,7 @@ def sparsity_table(
     Args:
         net: Network with CEA layers.
         fit: Which sizes it takes.
-        pairs: By kind, degraded images ``(1, 3, H, W)`` in [0, 1] and what they were, RGB uint8.
+        pairs: By kind, degraded images ``(1, 3, H, W)`` in [0, 1] and what they were.
         factors: By kind, what the layers have added to each of them.
         counts: How many components are kept.
     """
@@ -163,7 +165,7 @@ def sparsity_table(
         }
 
     def scores() -> list[float]:
-        return [np.mean([_psnr(fit.run(net, image), clean) for image, clean in members]) for members in pairs.values()]
+        return [np.mean([psnr(fit.run(net, image), clean) for image, clean in members]) for members in pairs.values()]
 
     whole = scores()
     lines = [f'| kept | {" | ".join(pairs)} | mean |', f'|---|{"---:|" * (len(pairs) + 1)}']
@@ -175,9 +177,9 @@ def sparsity_table(
     return '\n'.join([*lines, '', 'PSNR in dB; below the first row what changes against it.'])
 
 
-def _psnr(restored: Tensor, clean: np.ndarray) -> float:
-    result = restored[0].clamp(0, 1).permute(1, 2, 0).cpu().numpy()
-    return -10 * float(np.log10(np.square(result - clean / 255).mean()))
+def psnr(restored: Tensor, clean: Tensor) -> float:
+    """PSNR in dB of images in [0, 1], the first clipped: for what is asked of a network, without a protocol."""
+    return -10 * (restored.clamp(0, 1) - clean).square().mean().log10().item()
 
 
 def draw_sheet(net: nn.Module, fit: Fit, image: Tensor, restored: Tensor, name: str) -> np.ndarray:
@@ -235,8 +237,6 @@ def _explain_distances(factors: Mapping[str, list[Mapping[str, Residual]]], outp
         lines.append(f'| of {letter} | {cells[0]} | {cells[1]} |')
         plots.append(_captioned(_plot(found, owner, list(factors)), f'{letter}: distances, up to {found.max():.2f}'))
     target = output / 'distances.png'
-    refuse_to_replace(target, overwrite)
-    output.mkdir(parents=True, exist_ok=True)
     write_picture(target, Picture(np.hstack(plots), 'PNG'), overwrite)
     print(f'{len(every)} pictures, {len(factors)} kinds ({", ".join(factors)}); {target}:\n\n' + '\n'.join(lines))
 
@@ -261,6 +261,10 @@ def _versions(pixels: np.ndarray, synthetic: bool, source: Path) -> Iterator[tup
         return
     for number, task in enumerate(TASKS):
         yield task, quantize(synthesize(pixels / 255, [task], np.random.default_rng(number)))
+
+
+def _tensor(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels / np.float32(255)).permute(2, 0, 1)[None]
 
 
 def _middle(pixels: np.ndarray) -> np.ndarray:

@@ -32,6 +32,7 @@ from cea_arch.rules import (
     arguments,
     changes,
     either,
+    is_foreign,
     list_of,
     number,
     one_of,
@@ -206,7 +207,7 @@ def _model(model: type) -> Rule:
     BasicSR's models read mappings by literal keys, so their source says which there are. Other packages' models may
     read anything.
     """
-    ours, foreign = issubclass(model, CEAModel), not model.__module__.startswith(('basicsr.', 'cea_arch.'))
+    ours, foreign = issubclass(model, CEAModel), is_foreign(model)
     train = CEA_TRAIN if ours else TRAIN | _guess(_keys_read(model, r"(?:train_opt|opt\['train'\])"), TRAIN)
     if foreign:
         train = train | {'optim_g': section({'lr': _POSITIVE}, ['lr'], closed=False), 'scheduler': {'type': 'object'}}
@@ -264,7 +265,7 @@ def _dataset(dataset: type) -> Rule:
     if dataset.__module__.startswith('cea_arch.'):
         return section(LOADER | DATASET_RULES)
     keys = dict.fromkeys(_keys_read(dataset, r'(?<!\w)opt') - {'phase'}, ANY)
-    return section(keys | LOADER, ['name'], dataset.__module__.startswith('basicsr.'))
+    return section(keys | LOADER, ['name'], not is_foreign(dataset))
 
 
 def _metric(metric: Any) -> Rule:

@@ -26,6 +26,7 @@ from cea_arch.files import as_json, written_beside
 from cea_arch.layers.observing import observing, silenced, sites
 from cea_arch.metrics.study_tables import tables
 from cea_arch.networks.from_file import build_network, load_network
+from cea_arch.restoring.explain import psnr
 from cea_arch.training.option_files import Options, write_options
 from cea_arch.training.options import check_options, read_options
 from cea_arch.training.pipeline import parsed_options
@@ -189,8 +190,8 @@ def ablated(net: nn.Module, pictures: Pictures) -> Scores:
     with torch.no_grad():
         for name, pairs in pictures.items():
             with silenced(net.eval()):
-                without = [_psnr(net(lq), gt) for lq, gt in pairs]
-            whole = [_psnr(net(lq), gt) for lq, gt in pairs]
+                without = [psnr(net(lq), gt) for lq, gt in pairs]
+            whole = [psnr(net(lq), gt) for lq, gt in pairs]
             changes[name] = statistics.fmean(a - b for a, b in zip(without, whole))
     return changes | {'mean': statistics.fmean(changes.values())}
 
@@ -269,10 +270,6 @@ def _pictures(args: argparse.Namespace, opt: Options) -> Pictures:
                 (row['lq'][None, :, cut, cut], row['gt'][None, :, whole, whole]) for row in rows
             ]
     return found
-
-
-def _psnr(restored: Tensor, clean: Tensor) -> float:
-    return -10 * (restored.clamp(0, 1) - clean).square().mean().log10().item()
 
 
 def _scores(results: Path) -> Scores:

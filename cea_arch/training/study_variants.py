@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from cea_arch.errors import UserError, suggest
 from cea_arch.networks.cea_ir import FFN_EXPANSION_FACTOR
 from cea_arch.networks.from_file import build_network
 
-FACTORS = {'static': {'factors': 'static'}, 'pooled': {'factors': 'pooled'}, 'topk': {'routing': 'topk'}}
-OF_LAYERS = FACTORS | {
+OF_LAYERS = {
+    'static': {'factors': 'static'},
+    'pooled': {'factors': 'pooled'},
+    'topk': {'routing': 'topk'},
     'static_topk': {'factors': 'static', 'routing': 'topk'},
     'no_rank_norm': {'rank_norm': False},
     'r2': {'rank': 2},
@@ -111,17 +114,17 @@ def matched(network: dict[str, Any], opt: dict[str, Any], name: str) -> dict[str
             'study.width',
         )
     widths = range(start, WIDEST) if lacking > 0 else range(start, 0, -1)
-    near = [network]
+    near = [(abs(lacking), network)]
     for channels in widths:
         options = _widened(network, width, channels)
         try:
             count = parameters(options)
         except UserError:  # as where heads do not divide it
             continue
-        near = [near[-1], options]
+        near.append((abs(count - wanted), options))
         if (count >= wanted) == (lacking > 0):
             break
-    return min(near, key=lambda options: abs(parameters(options) - wanted))
+    return min(near, key=itemgetter(0))[1]
 
 
 def parameters(network: dict[str, Any]) -> int:
