@@ -32,7 +32,7 @@ def report(args: argparse.Namespace) -> None:
     study_tables = importlib.import_module('cea_arch.metrics.study_tables')
     studies = [content for path in args.results if (content := study_tables.read_study(path))]
     if studies and len(studies) == len(args.results) and not args.published:
-        print('\n'.join(map(study_tables.tables, studies)), end='')
+        print('\n'.join(map(study_tables.tables, study_tables.merged(studies))), end='')
         return
     methods = comparison.published(args.published) if args.published else []
     methods += [comparison.read_results(path) for path in args.results]

@@ -143,7 +143,9 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
 def _add_report(commands: argparse._SubParsersAction) -> None:
     text = 'put result files side by side, on request beside published figures'
     report = _add(commands, 'report', text, _later('cea_arch.cli', 'report'))
-    text = 'results.json files of train, test or score, side by side; or study.json files, whose tables are printed'
+    text = (
+        'results.json of train, test or score, side by side; or study.json, in one table where data and training agree'
+    )
     report.add_argument('results', type=path, nargs='*', help=text)
     report.add_argument('--published', metavar='BENCHMARK', help='add the published rows: aio3, aio5 or cdd11')
 

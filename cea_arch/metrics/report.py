@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -86,7 +87,7 @@ class Report:
                 write_picture(self.folder / 'maps' / name / f'{layer}.png', sheet)
 
     def markdown(self) -> str:
-        """The table: a row a set, a mean a group and a benchmark."""
+        """The table: a row a set, a mean a group and a benchmark; and below it which pictures were made worse."""
         columns = list(dict.fromkeys(column for result in self.sets.values() for column in result.means()))
         protocol = f' ({self.protocol})' if self.protocol else ''
         lines = [f'# {self.title}, iteration {self.iteration}' if self.iteration is not None else f'# {self.title}', '']
@@ -98,6 +99,7 @@ class Report:
                 members = [result for result in self.sets.values() if getattr(result, attribute) == title]
                 lines += [_row(f'**mean of {title}**', members, columns)] if title else []
         lines += ['', '`input`: the degraded image scored in the same way. Means of sets, not of images.', '']
+        lines += _harm(self.sets)
         if self.protocol:
             lines.append(f'Protocol {self.protocol}: {PROTOCOLS[self.protocol].text}.\n')
         for name, options in self.metrics.items():
@@ -128,6 +130,28 @@ def _row(name: str, members: list[SetResult], columns: list[str]) -> str:
     means = [result.means() for result in members]
     cells = [_format(c, float(np.mean([m[c] for m in means]))) if all(c in m for m in means) else '' for c in columns]
     return f'| {name} | {sum(len(result.rows) for result in members)} | ' + ' | '.join(cells) + ' |'
+
+
+def _harm(sets: dict[str, SetResult]) -> list[str]:
+    """A table of how many pictures of each set have a lower PSNR than before, and of the one that gained least.
+
+    Of pictures that were clean, whose PSNR was infinite, it is the one that is farthest from that.
+    """
+    lines = []
+    for name, result in sets.items():
+        if not all({'psnr', 'psnr_input'} <= row.keys() for row in result.rows):
+            continue
+        gains = [(_gain(row['psnr_input'], row['psnr']), row['psnr'], row['image']) for row in result.rows]
+        change, psnr, image = min(gains)
+        worse = sum(gain < 0 for gain, *_ in gains)
+        change = 'clean' if math.isinf(change) else f'{change:+.2f}'
+        lines.append(f'| {name} | {worse} of {len(gains)} | {image} | {psnr:.2f} | {change} |')
+    head = ['| set | made worse | least gain | its psnr | change |', '|---|---:|---|---:|---:|']
+    return [*head, *lines, ''] if lines else []
+
+
+def _gain(before: float, after: float) -> float:
+    return 0.0 if before == after else after - before
 
 
 def _format(column: str, value: float) -> str:

@@ -22,6 +22,20 @@ def tables(content: dict[str, Any]) -> str:
     return '\n'.join(part for part in parts if part)
 
 
+def merged(studies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Studies with the same data and training, such as of several machines, as one; the others as they are."""
+    found: dict[Any, dict[str, Any]] = {}
+    for study in studies:
+        key = (study['reference'], *sorted({run.get('recipe') for run in study['runs']}))
+        whole = found.setdefault(key, study | {'variants': {}, 'runs': []})
+        known = {(run['variant'], run['seed']) for run in whole['runs']}
+        whole['runs'] += [run for run in study['runs'] if (run['variant'], run['seed']) not in known]
+        whole['variants'] |= {
+            name: variant for name, variant in study['variants'].items() if name not in whole['variants']
+        }
+    return list(found.values())
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half the width of Student's 95 % confidence interval; without a width for one value alone."""
     mean, count = statistics.fmean(values), len(values)

@@ -13,7 +13,7 @@ import yaml
 
 from cea_arch.cli import main
 from cea_arch.errors import UserError
-from cea_arch.metrics.study_tables import interval, tables
+from cea_arch.metrics.study_tables import interval, merged, tables
 from cea_arch.networks import CEAIR
 from cea_arch.training import study, study_variants
 from cea_arch.training.options import read_options
@@ -115,6 +115,23 @@ def test_a_study_trains_each_variant_once(workplace, capsys, monkeypatch):
     assert capsys.readouterr().out == (folder / 'experiments/run_study/study.md').read_text()
 
 
+def test_a_study_of_a_network_in_a_file_of_ones_own(workplace, capsys):
+    folder, opt = workplace
+    opt['plugins'] = [str(ROOT / 'tests/training/naf_like.py')]
+    opt['train']['total_iter'] = 1
+    opt['val'] |= {'save_img': False}
+    base = {'type': 'NAFLike', 'width': 8}
+    opt['network_g'] = {'type': 'WithCEA', 'base': base, 'targets': ['encoders.0.0', 'middle.*'], 'rank': 2}
+    opt['study'] = {'width': 'width'}
+    assert command(folder, opt, '--match', '--variants', 'none', 'cea', '--seeds', '0', '--jobs', '2') == 0
+    content = json.loads((folder / 'experiments/run_study/study.json').read_text())
+    widths = {name: v['network_g'].get('base', v['network_g'])['width'] for name, v in content['variants'].items()}
+    assert widths['cea'] == 8 < widths['none']
+    sites = next(run['residuals'] for run in content['runs'] if run['variant'] == 'cea')
+    assert list(sites) == ['base.encoders.0.0.cea', 'base.middle.0.cea', 'base.middle.1.cea']
+    assert '| cea ahead of | seeds |' in capsys.readouterr().out
+
+
 def test_a_variant_that_trains_longer_has_the_whole_schedule_so(workplace):
     folder, opt = workplace
     opt['train'] |= {'total_iter': 20, 'scheduler': {'type': 'MultiStepLR', 'milestones': [10, 20]}}
@@ -195,6 +212,30 @@ def test_the_tables_pair_seeds():
     ]
     assert '| none | 2 | +1.50 ± 6.35 |' in lines  # t of one degree of freedom, 12.71, times 0.5
     assert '| cea | 2 | -2.00 ± 1.41 |' in lines
+
+
+def test_studies_of_one_recipe_come_into_one_table():
+    sizes = {'parameters': 1000, 'steps': 5}
+
+    def one(recipe, *runs):
+        runs = [run | {'recipe': recipe} for run in runs]
+        return {'study': 's', 'reference': 'cea', 'variants': {run['variant']: sizes for run in runs}, 'runs': runs}
+
+    here = one(1, a_run('none', 0, 20.0), a_run('cea', 0, 21.0))
+    there = one(1, a_run('none', 1, 20.0), a_run('cea', 1, 22.0), a_run('cea', 0, 99.0), a_run('static', 1, 19.0))
+    other = one(2, a_run('none', 0, 20.0))
+    whole, alone = merged([here, there, other])
+    assert [(run['variant'], run['seed']) for run in whole['runs']] == [
+        ('none', 0),
+        ('cea', 0),
+        ('none', 1),
+        ('cea', 1),
+        ('static', 1),
+    ]
+    assert list(whole['variants']) == ['none', 'cea', 'static']
+    assert '| none | 2 | +1.50 ± 6.35 |' in tables(whole)
+    assert alone == other
+    assert len(here['runs']) == 2
 
 
 def test_intervals_are_students():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -202,6 +203,21 @@ def test_report_of_sets_with_different_scores(tmp_path):
     assert report.has('two', 2)
     assert '| one |' not in (tmp_path / 'results.md').read_text()
     assert not list(tmp_path.rglob('*.tmp'))
+
+
+def test_report_says_which_pictures_were_made_worse():
+    report = Report('unused', 'title', {})
+    rows = [{'image': name, 'psnr_input': 20.0, 'psnr': psnr} for name, psnr in (('a', 19.5), ('b', 25.0), ('c', 18.0))]
+    report.add('noise', None, SetResult('x', rows=rows))
+    rows = [{'image': name, 'psnr_input': math.inf, 'psnr': psnr} for name, psnr in (('a', 45.0), ('b', math.inf))]
+    report.add('clean', None, SetResult('x', rows=rows))
+    report.add(
+        'real', None, SetResult('x', rows=[{'image': 'a', 'psnr': 30.0}])
+    )  # of another size, as in super-resolution
+    lines = report.markdown().splitlines()
+    assert '| noise | 2 of 3 | c | 18.00 | -2.00 |' in lines
+    assert '| clean | 1 of 2 | a | 45.00 | clean |' in lines
+    assert not any(line.startswith('| real | 0') for line in lines)
 
 
 def test_a_batch_in_parts_makes_the_same_step(workplace):
