@@ -17,8 +17,10 @@ from cea_arch.rules import Rule, list_of, number, section
 _SHARE = number(minimum=0, maximum=1)
 _RANGE = list_of(number(exclusiveMinimum=0), 2, 2)
 AUGMENT_RULE: Rule = section(
-    {'channels': _SHARE, 'grey': _SHARE, 'tone': _SHARE, 'saturation': _RANGE, 'brightness': _RANGE, 'gamma': _RANGE}
+    dict.fromkeys(('drawn', 'channels', 'grey', 'tone'), _SHARE)
+    | dict.fromkeys(('saturation', 'brightness', 'gamma'), _RANGE)
 )
+LETTERS = 'abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'
 
 
 def grey(img: Array) -> Array:
@@ -35,6 +37,42 @@ def saturate(img: Array, factor: float) -> Array:
 def tone(img: Array, brightness: float, gamma: float) -> Array:
     """``(brightness * img) ^ gamma``, clipped before; ``gamma`` above 1 darkens the middle."""
     return np.clip(brightness * img, 0, 1) ** gamma
+
+
+def drawing(shape: Sequence[int], rng: Generator) -> Array:
+    """What no photograph shows: an even area or a gradient, on half of them shapes, lines of text, or both; uint8.
+
+    Args:
+        shape: Height and width.
+        rng: Source of all randomness.
+
+    Returns:
+        RGB ``(H, W, 3)``.
+    """
+    height, width = shape[:2]
+    first, second = rng.uniform(0, 1, (2, 3)) if rng.random() < 0.5 else rng.choice([0.0, 0.25, 0.5, 0.75, 1.0], (2, 1))
+    angle = rng.uniform(0, 2 * np.pi)
+    along = np.add.outer(np.sin(angle) * np.arange(height), np.cos(angle) * np.arange(width))
+    along = (along - along.min()) / max(np.ptp(along), 1)
+    share = (along if rng.random() < 0.5 else np.zeros_like(along))[..., None]
+    img = np.ascontiguousarray(quantize(np.broadcast_to(first + share * (second - first), (height, width, 3))))
+    if rng.random() < 0.5:
+        return img
+    ink = [int(value) for value in rng.integers(0, 256, 3)]
+    for _ in range(rng.integers(0, 8)):
+        color = [int(value) for value in rng.integers(0, 256, 3)]
+        points = (rng.uniform(-0.2, 1.2, (rng.integers(2, 5), 2)) * (width, height)).astype(np.int32)
+        if rng.random() < 0.5:
+            cv2.fillPoly(img, [points], color, cv2.LINE_AA)
+        else:
+            radii = rng.integers(1, max(height // 2, 2), 2).tolist()
+            cv2.ellipse(img, points[0].tolist(), radii, float(rng.uniform(0, 180)), 0, 360, color, -1, cv2.LINE_AA)
+    size, top = rng.uniform(0.3, 1.2), 0
+    while (top := top + int(rng.uniform(22, 40) * size)) < height and rng.random() < 0.8:
+        words = ''.join(rng.choice(list(LETTERS + 12 * ' '), 60))
+        start = (int(rng.uniform(-10, 20)), top)
+        cv2.putText(img, words, start, int(rng.integers(0, 5)), size, ink, 1 + int(size > 0.8), cv2.LINE_AA)
+    return img
 
 
 def shrink(images: Sequence[Array], rng: Generator, least: int) -> list[Array]:
@@ -55,9 +93,11 @@ def augment(img: Array, options: Mapping[str, Any], rng: Generator) -> Array:
         img: RGB ``(H, W, 3)``.
         options: By name, shares of samples: ``channels`` get their channels in another order, ``grey`` become grey,
             ``tone`` get another saturation, brightness and gamma, log-uniform in the ranges ``saturation``,
-            ``brightness`` and ``gamma`` (no range, no change).
+            ``brightness`` and ``gamma`` (no range, no change); ``drawn`` give way to a :func:`drawing`.
         rng: Source of all randomness.
     """
+    if rng.random() < options.get('drawn', 0):
+        return drawing(img.shape, rng)
     reordered, greyed, toned = (rng.random() < options.get(name, 0) for name in ('channels', 'grey', 'tone'))
     order = rng.permutation(3)
     factors = {

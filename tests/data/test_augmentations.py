@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cea_arch.data.augmentations import augment, grey, saturate, shrink, tone
+from cea_arch.data.augmentations import augment, drawing, grey, saturate, shrink, tone
 from cea_arch.data.cea_dataset import CEADataset
 from cea_arch.data.degradations import LUMA, chroma_noise, shot_noise
 
@@ -41,6 +41,22 @@ def test_options_choose_what_is_done(rng, image):
     assert 0.15 < darker.mean() / image.mean() < 0.35
     wide = augment(image.astype(np.uint16) * 257, {'tone': 1, 'gamma': [1.9, 2.1]}, rng)
     np.testing.assert_allclose(wide, 255 * (image / 255) ** 2, atol=12)
+
+
+def test_drawings_are_what_no_photograph_shows(image):
+    drawn = [drawing((48, 64), np.random.default_rng(seed)) for seed in range(60)]
+    assert {img.shape for img in drawn} == {(48, 64, 3)}
+    assert {img.dtype for img in drawn} == {np.dtype(np.uint8)}
+    colours = [len(np.unique(img.reshape(-1, 3), axis=0)) for img in drawn]
+    assert 10 <= sum(count == 1 for count in colours) <= 25  # even areas, a quarter
+    assert sum(np.ptp(img, axis=2).max() == 0 for img in drawn) >= 10  # grey ones
+    edges = [np.abs(np.diff(img.astype(int), axis=1)).max() for img in drawn]
+    assert sum(edge > 60 for edge in edges) >= 15  # shapes and text
+    np.testing.assert_array_equal(drawn[3], drawing((48, 64), np.random.default_rng(3)))
+    same = augment(image, {'drawn': 1}, np.random.default_rng(0))
+    assert same.shape == image.shape
+    assert same.dtype == np.uint8
+    assert not np.array_equal(same, image)
 
 
 def test_about_as_many_as_asked_for(rng, image):
