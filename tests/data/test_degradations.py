@@ -88,6 +88,21 @@ def test_rain_adds_and_snow_covers(clear):
     assert np.array_equal(deg.rain(clear, mask)[20:], clear[20:])
 
 
+def test_broad_streaks_are_broader_and_brighter_than_rain(clear):
+    def figures(draw):  # share of the picture, brightness there, and how much of it is left when a pixel is taken off
+        masks = [draw((96, 128), generator(seed)) for seed in range(30)]
+        wet = [mask > 0.1 for mask in masks]
+        cores = [cv2.erode(where.astype(np.uint8), np.ones((1, 3), np.uint8)) for where in wet]
+        shares = [where.mean() for where in wet]
+        return np.array(shares), np.concatenate([m[w] for m, w in zip(masks, wet)]).mean(), np.sum(cores) / np.sum(wet)
+
+    (shares, bright, core), (_, faint, thin) = figures(deg.broad_streaks), figures(deg.rain_streaks)
+    assert shares.min() > 0.01
+    assert shares.max() < 0.4
+    assert bright > 1.2 * faint
+    assert core > 1.2 * thin
+
+
 def test_blur_keeps_flat_areas_and_blends(clear):
     kernel = deg.line_kernel(9, 30)
     assert kernel.sum() == pytest.approx(1)
