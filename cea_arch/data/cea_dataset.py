@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from cea_arch.data.augmentations import AUGMENT_RULE, augment, shrink
-from cea_arch.data.degradations import ORDER, TASKS, defocus, gaussian_noise, jpeg, quantize, synthesize
+from cea_arch.data.degradations import ORDER, PERIOD, TASKS, defocus, gaussian_noise, jpeg, quantize, synthesize
 from cea_arch.data.image_store import ImageStore
 from cea_arch.data.pairing import pair_keys
 from cea_arch.errors import UserError
@@ -25,6 +25,7 @@ _COMMON = {
     'repeat': whole(),
 }
 _READ = _COMMON | {'augment': AUGMENT_RULE}  # of sources that are degraded as they are read
+_PIXELS = number(exclusiveMinimum=0)
 _STRENGTHS = {  # degradations of one strength, drawn from a list: the option, its default, the rule for each value
     'gaussian_noise': ('sigmas', [15, 25, 50], number(minimum=0)),
     'defocus': ('radii', [2], number(minimum=0)),
@@ -40,7 +41,9 @@ def _one_or_several(degradation: str) -> dict[str, Rule]:
 SOURCE_RULES = {
     'paired': section(_COMMON | {'dataroot_lq': TEXT}, ['dataroot_gt', 'dataroot_lq']),
     'synthetic': section(
-        _READ | {'tasks': list_of(one_of(*ORDER)), 'num_tasks': either(whole(), list_of(whole(), 2, 2)), 'vary': FLAG},
+        _READ
+        | {'tasks': list_of(one_of(*ORDER)), 'num_tasks': either(whole(), list_of(whole(), 2, 2)), 'vary': FLAG}
+        | {'period': either(_PIXELS, list_of(_PIXELS, 2, 2))},
         ['dataroot_gt'],
     ),
     'gaussian_noise': section(
@@ -90,7 +93,10 @@ class Source:
                 return quantize(gaussian_noise(clean, strength, rng), self.quantize)
             return quantize({'defocus': defocus, 'jpeg': jpeg}[self.degradation](clean, strength))
         count = int(rng.integers(self.num_tasks[0], self.num_tasks[1], endpoint=True))
-        return quantize(synthesize(clean, rng.choice(self.tasks, count, replace=False), rng, self.vary))
+        tasks = rng.choice(self.tasks, count, replace=False)
+        least, most = self.period
+        period = least if least == most else float(np.exp(rng.uniform(np.log(least), np.log(most))))
+        return quantize(synthesize(clean, tasks, rng, self.vary, period))
 
     def identity(self) -> str:
         """What the fixed draws of evaluation depend on, besides seed and image name."""
@@ -98,7 +104,8 @@ class Source:
             return f'{self.degradation} {self.strengths}'
         if self.degradation == 'downscale':
             return f'downscale {self.scale}'
-        return f'synthetic {self.tasks} {self.num_tasks} {self.vary}'
+        period = '' if self.period == [PERIOD, PERIOD] else f' {self.period}'
+        return f'synthetic {self.tasks} {self.num_tasks} {self.vary}{period}'
 
     def _check_sizes(self) -> None:
         for lq, gt in self.pairs:
@@ -125,6 +132,8 @@ class Source:
                     f'{label}.num_tasks must lie in 1 to {len(self.tasks)}, the number of tasks; got {number}.'
                 )
             self.vary = opt.get('vary', True)
+            period = opt.get('period', PERIOD)
+            self.period = [float(one) for one in (period if isinstance(period, list) else [period, period])]
 
 
 class CEADataset(Dataset):
@@ -143,7 +152,8 @@ class CEADataset(Dataset):
                 literature's clip and truncate, default) or ``round``.
                 ``synthetic``: ``tasks`` (of ``ORDER``, by default ``low_light, rain, snow, haze, blur, noise``),
                 ``num_tasks`` (how many of them act at once: a number or ``[least, most]``), ``vary`` (strength varies
-                over the image, default).
+                over the image, default), ``period`` (pixels over which it and the depth of haze vary: a number, by
+                default 160, or a range, log-uniform).
                 ``defocus``: ``radii`` of the disk, in pixels; ``jpeg``: ``qualities`` of 1 to 100; one or a list.
                 ``downscale``: ``scale``, the factor by which the degraded image is smaller; bicubic as MATLAB's, the
                 literature's way for super-resolution. Crops must be multiples of it, whole images are cropped so.

@@ -18,6 +18,7 @@ Array = np.ndarray
 TASKS = ('low_light', 'rain', 'snow', 'haze', 'blur', 'noise')  # what synthesize knows, and draws from by default
 OPTICS_AND_FILE = ('defocus', 'jpeg_before', 'shot_noise', 'chroma_noise', 'noise', 'jpeg')
 ORDER = (*TASKS[:2], 'downpour', *TASKS[2:5], *OPTICS_AND_FILE)  # all that it knows
+PERIOD = 160.0  # pixels
 LUMA = np.array([0.299, 0.587, 0.114])  # Rec. 601, RGB
 
 
@@ -96,7 +97,7 @@ def jpeg(img: Array, quality: float) -> Array:
     return cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1] / 255
 
 
-def smooth_field(shape: Sequence[int], rng: Generator, period: float = 160.0) -> Array:
+def smooth_field(shape: Sequence[int], rng: Generator, period: float = PERIOD) -> Array:
     """A smooth random map: values drawn every ``period`` pixels at a random phase, interpolated with zero end slopes.
 
     The period is in pixels, so a crop's map looks like a crop of an image's map.
@@ -212,8 +213,7 @@ def _draw_snow(img: Array, strength: Array, rng: Generator) -> Array:
 
 
 def _draw_haze(img: Array, strength: Array, rng: Generator) -> Array:
-    depth = 1 - strength[..., 0] * smooth_field(img.shape, rng)
-    return haze(img, depth, rng.uniform(1, 2), rng.uniform(0.6, 0.9))
+    return haze(img, 1 - strength[..., 0], rng.uniform(1, 2), rng.uniform(0.6, 0.9))
 
 
 def _draw_blur(img: Array, strength: Array, rng: Generator) -> Array:
@@ -256,7 +256,7 @@ _DRAW: dict[str, Callable[[Array, Array, Generator], Array]] = {
 }
 
 
-def synthesize(img: Array, tasks: Sequence[str], rng: Generator, vary: bool = True) -> Array:
+def synthesize(img: Array, tasks: Sequence[str], rng: Generator, vary: bool = True, period: float = PERIOD) -> Array:
     """Degrade an image by each of ``tasks``, with parameters drawn from the ranges of CDD-11 or our own.
 
     Args:
@@ -264,11 +264,14 @@ def synthesize(img: Array, tasks: Sequence[str], rng: Generator, vary: bool = Tr
         tasks: Any of ``ORDER``; they act in that order, whatever theirs.
         rng: Source of all randomness.
         vary: Whether each task's strength varies over the image, between 0.4 and 1, by a smooth map of its own.
+        period: Pixels over which strengths vary, and the depth of haze.
 
     Returns:
         The degraded image, clipped to [0, 1], not quantised.
     """
     for task in sorted(tasks, key=ORDER.index):
-        field = smooth_field(img.shape, rng) if vary else np.ones(img.shape[:2])
-        img = _DRAW[task](img, (0.4 + 0.6 * field)[..., None], rng)
+        strength = 0.4 + 0.6 * (smooth_field(img.shape, rng, period) if vary else np.ones(img.shape[:2]))
+        if task == 'haze':
+            strength = strength * smooth_field(img.shape, rng, period)  # nearness
+        img = _DRAW[task](img, strength[..., None], rng)
     return np.clip(img, 0, 1)

@@ -25,13 +25,15 @@ from cea_arch.errors import UserError
 from cea_arch.files import as_json, written_beside
 from cea_arch.layers.observing import observing, silenced, sites
 from cea_arch.metrics.study_tables import tables
+from cea_arch.models.resuming import differences
 from cea_arch.networks.from_file import build_network, load_network
 from cea_arch.restoring.explain import psnr
-from cea_arch.training.option_files import Options, write_options
+from cea_arch.training.option_files import Options, load_options, write_options
 from cea_arch.training.options import check_options, read_options
 from cea_arch.training.pipeline import parsed_options
 from cea_arch.training.study_variants import DEFAULT, REFERENCE, Variant, find_variants
 
+DECISIVE = ('network_g', 'datasets', 'train')  # what makes a run another one
 PICTURES, SIDE = 6, 256  # of each validation set, for what is asked of a trained network; pixels
 Scores = dict[str, float]
 Pictures = dict[str, list[tuple[Tensor, Tensor]]]  # degraded and clean by set, RGB (1, 3, H, W) in [0, 1]
@@ -89,6 +91,18 @@ class Trainings:
         self._add_seconds(run, seconds)
         return None if self.stopped.is_set() or time.monotonic() > self.end else code == 0
 
+    def check(self, run: Run, opt: Options) -> None:
+        """Raise a UserError if the run was begun with other data, another training or another network."""
+        file, folder = self.folder / f'{run.name}.yml', run.folder(self.root)
+        if not file.is_file() or not [*folder.glob('training_states/*.state'), *folder.glob('results.json')]:
+            return
+        before, now = ({key: one.get(key) for key in DECISIVE} for one in (load_options(str(file)), opt))
+        for found in differences(before, now):
+            raise UserError(
+                f'{folder} was begun with other options: {found}. Give this study a name of its own, by '
+                '--set name=..., or delete that folder.'
+            )
+
     def stop(self, *_: object) -> None:
         """Ask all that train to save and to end."""
         self.stopped.set()
@@ -136,6 +150,8 @@ def run(args: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     runs = [Run(v, seed, f'{opt["name"]}_{v.name}_s{seed}') for seed in args.seeds for v in variants]
     trainings = Trainings(args.root, folder, args.hours)
+    for one in runs:
+        trainings.check(one, _options(opt, one))
     with _ending(trainings), ThreadPoolExecutor(args.jobs) as pool:
         try:
             ended = list(pool.map(lambda one: trainings.train(one, _options(opt, one)), runs))

@@ -94,6 +94,17 @@ def test_evaluation_is_fixed_whatever_the_order_folder_or_worker(image_folder, t
     assert not torch.equal(other[0]['lq'], forward['a.png'])
 
 
+def test_a_period_is_a_number_or_drawn_from_a_range(image_folder):
+    source = {'degradation': 'synthetic', 'tasks': ['haze'], 'dataroot_gt': str(image_folder('gt', ['a']))}
+    hazy = [
+        CEADataset(options('val', all=source | more))[0]['lq']
+        for more in ({}, {'period': 160}, {'period': [20, 40]}, {'period': [20, 40]}, {'period': [20, 41]})
+    ]
+    assert [torch.equal(hazy[0], other) for other in hazy] == [True, True, False, False, False]
+    assert torch.equal(hazy[2], hazy[3])
+    assert not torch.equal(hazy[2], hazy[4])
+
+
 def test_evaluation_crops_the_centre(image_folder):
     source = noise(image_folder('gt', ['a'], (50, 67)))
     sample = CEADataset(options('val', all=source) | {'crop_base': 16})[0]

@@ -36,6 +36,17 @@ def test_synthesis_is_the_same_on_every_platform(clear):
     assert zlib.crc32(img.tobytes()) == 2116559643
 
 
+def test_the_period_is_how_far_strengths_reach():
+    even = np.full((64, 64, 3), 0.4)
+
+    def spread(period):
+        return np.mean([deg.synthesize(even, ['haze'], generator(seed), period=period).std() for seed in range(20)])
+
+    assert spread(40) > 1.5 * spread(160) > 3 * spread(1000)
+    first, again = (deg.synthesize(even, ['haze'], generator(), **words) for words in ({}, {'period': 160}))
+    assert np.array_equal(first, again)
+
+
 def test_tasks_act_in_the_fixed_order(clear):
     tasks = list(deg.ORDER)
     forth, back = (deg.synthesize(clear, order, generator()) for order in (tasks, tasks[::-1]))

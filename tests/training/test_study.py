@@ -108,6 +108,12 @@ def test_a_study_trains_each_variant_once(workplace, capsys, monkeypatch):
     assert command(folder, opt, *words) == 0
     written = (folder / 'experiments/run_study/study.md').read_text()
     assert capsys.readouterr().out == written
+    # and is not taken for what other options would have trained
+    opt['datasets']['train']['gt_size'] += 8
+    assert command(folder, opt, *words) == 2
+    said = capsys.readouterr().err
+    assert 'run_none_s3 was begun with other options: datasets.train.gt_size: 24 (was 16). Give this study a' in said
+    opt['datasets']['train']['gt_size'] -= 8
     # what other calls have trained stays in the tables
     assert command(folder, opt, '--variants', 'cea', '--seeds', '3') == 0
     assert '| none | ' in capsys.readouterr().out
