@@ -4,9 +4,18 @@ from importlib import resources
 
 import cv2
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
-from cea_arch.data.degradations import quantize
+import cea_arch
+from cea_arch.checkpoints import read_checkpoint
+from cea_arch.cli import main
+from cea_arch.data.degradations import gaussian_noise, jpeg, quantize, synthesize
+from cea_arch.data.pictures import read_picture
+from cea_arch.files import PACKAGED_WEIGHTS
+
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 SIDE = 224  # pixels
 
@@ -51,3 +60,75 @@ def pictures() -> dict[str, np.ndarray]:
         'grey gradient': np.dstack([ramp] * 3).astype(np.uint8),
         **{f'flat {level}': np.full((SIDE, SIDE, 3), level, np.uint8) for level in (0, 32, 64, 128, 192, 255)},
     }
+
+
+def psnr(img: np.ndarray, clean: np.ndarray) -> float:
+    """In dB, 60 at most, which no eye tells from equality."""
+    return min(60.0, -10 * np.log10(np.mean((img / 255.0 - clean / 255.0) ** 2) + 1e-12))
+
+
+@pytest.mark.parametrize(
+    ('degrade', 'gain'),
+    [
+        (lambda clean, rng: gaussian_noise(clean, 25, rng), 6),
+        (lambda clean, rng: synthesize(clean, ['rain'], rng), 2),
+        (lambda clean, rng: synthesize(clean, ['low_light', 'rain', 'noise'], rng), 3),
+    ],
+    ids=['noise', 'rain', 'mixed'],
+)
+def test_the_weights_of_the_package_restore_photographs(photograph, tmp_path, degrade, gain):
+    clean = photograph[:240, :320]
+    degraded = quantize(degrade(clean / 255, np.random.default_rng(0)))
+    Image.fromarray(degraded).save(tmp_path / 'a.png')
+    assert main(['restore', str(tmp_path / 'a.png'), '-o', str(tmp_path / 'out')]) == 0
+    restored = read_picture(tmp_path / 'out' / 'a.png').pixels
+    assert psnr(restored, clean) > psnr(degraded, clean) + gain
+    assert np.array_equal(restored, cea_arch.restore(degraded))
+
+
+def test_the_weights_of_the_package_are_small_and_have_a_card():
+    assert PACKAGED_WEIGHTS.stat().st_size < 4 * 2**20
+    content = read_checkpoint(PACKAGED_WEIGHTS)
+    assert content['network_g'] == {'type': 'CEAIR', 'size': 'T'}
+    assert {value.dtype for value in content['params'].values()} == {torch.float16}
+    assert 'options/cea_photos.yml' in (PACKAGED_WEIGHTS.parent / 'README.md').read_text('utf-8')
+
+
+@pytest.fixture(scope='module')
+def restorer():
+    return cea_arch.Restorer(device='cpu', tile=0)
+
+
+def restore(restorer, pixels: np.ndarray) -> np.ndarray:
+    x = torch.from_numpy(pixels.transpose(2, 0, 1)[None] / np.float32(255))
+    return quantize(restorer(x)[0].numpy().transpose(1, 2, 0))
+
+
+def test_what_needs_nothing_is_left_alone(restorer):
+    scores = {}
+    for name, clean in pictures().items():
+        result = restore(restorer, clean)
+        scores[name] = psnr(result, clean)
+        assert abs(result.mean() - clean.mean()) <= 2, name
+    assert np.mean(list(scores.values())) >= 45, scores
+    assert min(scores.values()) >= 38, scores
+
+
+@pytest.mark.parametrize(
+    'degrade',
+    [
+        pytest.param(lambda clean, rng: gaussian_noise(clean, 5, rng), id='noise 5'),
+        pytest.param(lambda clean, rng: gaussian_noise(clean, 15, rng), id='noise 15'),
+        pytest.param(lambda clean, rng: gaussian_noise(clean, 30, rng), id='noise 30'),
+        pytest.param(lambda clean, rng: jpeg(clean, 20), id='jpeg 20'),
+        pytest.param(lambda clean, rng: jpeg(clean, 40), id='jpeg 40'),
+    ],
+)
+def test_no_picture_is_made_worse(restorer, degrade):
+    for name, clean in pictures().items():
+        degraded = quantize(degrade(clean / 255, np.random.default_rng(0)))
+        if psnr(degraded, clean) > 45:  # hardly degraded: as if it were clean
+            continue
+        result = restore(restorer, degraded)
+        assert psnr(result, clean) >= psnr(degraded, clean) - 0.2, name
+        assert abs(result.mean() - clean.mean()) <= abs(degraded.mean() - clean.mean()) + 2, name

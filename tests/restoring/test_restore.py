@@ -11,13 +11,9 @@ import tifffile
 import torch
 from PIL import Image, ImageCms, ImageOps
 
-import cea_arch
-from cea_arch.checkpoints import read_checkpoint
 from cea_arch.cli import main
-from cea_arch.data.degradations import gaussian_noise, quantize, synthesize
 from cea_arch.data.pictures import Picture, read_picture
 from cea_arch.errors import UserError
-from cea_arch.files import PACKAGED_WEIGHTS
 from cea_arch.restoring.writing import write_picture
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -268,37 +264,6 @@ def test_comparison_and_maps(small_net, model, tmp_path, words):
     sheet = read_picture(tmp_path / 'out' / 'b_maps.png').pixels
     assert sheet.shape == (3 * 72, 3 * 108, 3)  # eight components and an empty place, 4 pixels around each
     assert sheet[:72, :108].std() > 1
-
-
-def psnr(img, clean):
-    return -10 * np.log10(np.mean((img / 255.0 - clean / 255.0) ** 2))
-
-
-@pytest.mark.parametrize(
-    ('degrade', 'gain'),
-    [
-        (lambda clean, rng: gaussian_noise(clean, 25, rng), 6),
-        (lambda clean, rng: synthesize(clean, ['rain'], rng), 2),
-        (lambda clean, rng: synthesize(clean, ['low_light', 'rain', 'noise'], rng), 3),
-    ],
-    ids=['noise', 'rain', 'mixed'],
-)
-def test_the_weights_of_the_package_restore_photographs(photograph, tmp_path, degrade, gain):
-    clean = photograph[:240, :320]
-    degraded = quantize(degrade(clean / 255, np.random.default_rng(0)))
-    Image.fromarray(degraded).save(tmp_path / 'a.png')
-    assert main(['restore', str(tmp_path / 'a.png'), '-o', str(tmp_path / 'out')]) == 0
-    restored = read_picture(tmp_path / 'out' / 'a.png').pixels
-    assert psnr(restored, clean) > psnr(degraded, clean) + gain
-    assert np.array_equal(restored, cea_arch.restore(degraded))
-
-
-def test_the_weights_of_the_package_are_small_and_have_a_card():
-    assert PACKAGED_WEIGHTS.stat().st_size < 4 * 2**20
-    content = read_checkpoint(PACKAGED_WEIGHTS)
-    assert content['network_g'] == {'type': 'CEAIR', 'size': 'T'}
-    assert {value.dtype for value in content['params'].values()} == {torch.float16}
-    assert 'options/cea_photos.yml' in (PACKAGED_WEIGHTS.parent / 'README.md').read_text('utf-8')
 
 
 @pytest.mark.parametrize('ext', ['png', 'jpg', 'webp', 'tif', 'bmp'])
