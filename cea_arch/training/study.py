@@ -72,7 +72,7 @@ class Trainings:
 
     def train(self, run: Run, opt: Options) -> bool | None:
         """Whether the run came to its end; ``None`` if there is no time left for it."""
-        if is_done(run, self.root, opt['train']['total_iter']):
+        if is_done(run, self.root, opt):
             return True
         file = self.folder / f'{run.name}.yml'
         write_options(opt, file, f'cea study -opt {opt.file}: {run.variant.name}, seed {run.seed}')
@@ -173,10 +173,15 @@ def run(args: argparse.Namespace) -> int:
     return 0 if len(done) == len(runs) else 1
 
 
-def is_done(one: Run, root: str, total: int) -> bool:
-    """Whether a run has come to its last step, and was scored there."""
-    results = one.folder(root) / 'results.json'
-    return results.is_file() and json.loads(results.read_text('utf-8'))['iteration'] == total
+def is_done(one: Run, root: str, opt: Options) -> bool:
+    """Whether a run has come to its last step, and was scored there on every set."""
+    folder = one.folder(root)
+    results = folder / 'results.json'
+    if not (results.is_file() and (folder / 'models/net_g_latest.pth').is_file()):
+        return False
+    found = json.loads(results.read_text('utf-8'))
+    sets = {dataset['name'] for phase, dataset in opt['datasets'].items() if phase != 'train'}
+    return found['iteration'] == opt['train']['total_iter'] and sets <= found['sets'].keys()
 
 
 def residuals(net: nn.Module, images: list[Tensor]) -> dict[str, tuple[float, float]]:

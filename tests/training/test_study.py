@@ -249,6 +249,22 @@ def test_intervals_are_students():
     assert (mean, half) == (3.0, pytest.approx(2.776445 * 1.5811388 / 5**0.5))
 
 
+def test_a_run_that_ended_while_it_was_scored_is_not_done(tmp_path):
+    one = study.Run(study.Variant('none', {}, 1), 0, 'run')
+    models = one.folder(tmp_path) / 'models'
+    models.mkdir(parents=True)
+    opt = {'train': {'total_iter': 5}, 'datasets': {'train': {}, 'val_1': {'name': 's25'}, 'val_2': {'name': 's50'}}}
+
+    def done(iteration, *sets):
+        content = {'iteration': iteration, 'sets': {name: {} for name in sets}}
+        (one.folder(tmp_path) / 'results.json').write_text(json.dumps(content))
+        return study.is_done(one, tmp_path, opt)
+
+    assert not done(5, 's25', 's50')  # the training itself did not come to its end
+    (models / 'net_g_latest.pth').touch()
+    assert [done(5, 's25', 's50'), done(4, 's25', 's50'), done(5, 's25')] == [True, False, False]
+
+
 def test_a_training_that_fails_is_named(workplace, capsys):
     folder, opt = workplace
     opt['train'] |= {'total_iter': 3, 'max_skipped': 1}
