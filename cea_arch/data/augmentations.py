@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from cea_arch.data.degradations import LUMA, Array, quantize
+from cea_arch.data.degradations import LUMA, Array, log_uniform, quantize
 from cea_arch.rules import Rule, list_of, number, section
 
 _SHARE = number(minimum=0, maximum=1)
@@ -101,7 +101,7 @@ def augment(img: Array, options: Mapping[str, Any], rng: Generator) -> Array:
     reordered, greyed, toned = (rng.random() < options.get(name, 0) for name in ('channels', 'grey', 'tone'))
     order = rng.permutation(3)
     factors = {
-        name: float(np.exp(rng.uniform(*np.log(options[name])))) if name in options else 1.0
+        name: log_uniform(*options[name], rng) if name in options else 1.0
         for name in ('saturation', 'brightness', 'gamma')
     }
     if reordered:

@@ -12,7 +12,17 @@ import torch
 from torch.utils.data import Dataset
 
 from cea_arch.data.augmentations import AUGMENT_RULE, augment, shrink
-from cea_arch.data.degradations import ORDER, PERIOD, TASKS, defocus, gaussian_noise, jpeg, quantize, synthesize
+from cea_arch.data.degradations import (
+    ORDER,
+    PERIOD,
+    TASKS,
+    defocus,
+    gaussian_noise,
+    jpeg,
+    log_uniform,
+    quantize,
+    synthesize,
+)
 from cea_arch.data.image_store import ImageStore
 from cea_arch.data.pairing import pair_keys
 from cea_arch.errors import UserError
@@ -95,7 +105,7 @@ class Source:
         count = int(rng.integers(self.num_tasks[0], self.num_tasks[1], endpoint=True))
         tasks = rng.choice(self.tasks, count, replace=False)
         least, most = self.period
-        period = least if least == most else float(np.exp(rng.uniform(np.log(least), np.log(most))))
+        period = least if least == most else log_uniform(least, most, rng)
         return quantize(synthesize(clean, tasks, rng, self.vary, period))
 
     def identity(self) -> str:

@@ -15,9 +15,7 @@ import numpy as np
 from numpy.random import Generator
 
 Array = np.ndarray
-TASKS = ('low_light', 'rain', 'snow', 'haze', 'blur', 'noise')  # what synthesize knows, and draws from by default
-OPTICS_AND_FILE = ('defocus', 'jpeg_before', 'shot_noise', 'chroma_noise', 'noise', 'jpeg')
-ORDER = (*TASKS[:2], 'downpour', *TASKS[2:5], *OPTICS_AND_FILE)  # all that it knows
+TASKS = ('low_light', 'rain', 'snow', 'haze', 'blur', 'noise')  # what synthesize draws from by default; ORDER has all
 PERIOD = 160.0  # pixels
 LUMA = np.array([0.299, 0.587, 0.114])  # Rec. 601, RGB
 
@@ -85,9 +83,7 @@ def blur(img: Array, kernel: Array, strength: float | Array = 1.0) -> Array:
 
 def defocus(img: Array, radius: float) -> Array:
     """Filter by an anti-aliased disk of ``radius`` pixels: a lens out of focus."""
-    reach = int(np.ceil(radius)) + 1
-    ys, xs = np.mgrid[-reach : reach + 1, -reach : reach + 1]
-    kernel = np.clip(radius + 0.5 - np.hypot(ys, xs), 0, 1)
+    kernel = disk(radius)
     return blur(img, kernel / kernel.sum())
 
 
@@ -135,6 +131,18 @@ def line_kernel(length: float, angle: float) -> Array:
     return kernel / kernel.sum()
 
 
+def disk(radius: float) -> Array:
+    """An anti-aliased disk in the centre of an odd square, 1 inside."""
+    reach = int(np.ceil(radius)) + 1
+    ys, xs = np.mgrid[-reach : reach + 1, -reach : reach + 1]
+    return np.clip(radius + 0.5 - np.hypot(ys, xs), 0, 1)
+
+
+def log_uniform(least: float, most: float, rng: Generator) -> float:
+    """A number as likely in ``least`` to ``2 least`` as in ``most / 2`` to ``most``."""
+    return float(np.exp(rng.uniform(np.log(least), np.log(most))))
+
+
 def rain_streaks(shape: Sequence[int], rng: Generator) -> Array:
     """Streaks in [0, 1]: drops drawn out along one direction, fading to their ends, most of them faint.
 
@@ -167,10 +175,7 @@ def broad_streaks(shape: Sequence[int], rng: Generator) -> Array:
     for _ in range(3):
         length, width = 8 * 8 ** rng.random(), rng.uniform(1, 5)
         kernel = cv2.copyMakeBorder(line_kernel(length, angle + rng.uniform(-3, 3)), *[6] * 4, cv2.BORDER_CONSTANT)
-        radius = int(np.ceil(width / 2)) + 1
-        ys, xs = np.mgrid[-radius : radius + 1, -radius : radius + 1]
-        disk = np.clip(width / 2 + 0.5 - np.hypot(ys, xs), 0, 1)
-        kernel = cv2.GaussianBlur(cv2.filter2D(kernel, -1, disk), (5, 5), rng.uniform(0.3, 0.9))
+        kernel = cv2.GaussianBlur(cv2.filter2D(kernel, -1, disk(width / 2)), (5, 5), rng.uniform(0.3, 0.9))
         drops = rng.uniform(0.2, 1, shape[:2]) * (rng.random(shape[:2]) < cover / 3 / ((length + width) * width))
         layer = cv2.filter2D(drops, -1, kernel / kernel.max(), borderType=cv2.BORDER_REFLECT_101)
         streaks = np.maximum(streaks, light * layer)
@@ -254,6 +259,7 @@ _DRAW: dict[str, Callable[[Array, Array, Generator], Array]] = {
     'noise': _draw_noise,
     'jpeg': _draw_jpeg,
 }
+ORDER = tuple(_DRAW)
 
 
 def synthesize(img: Array, tasks: Sequence[str], rng: Generator, vary: bool = True, period: float = PERIOD) -> Array:

@@ -97,7 +97,8 @@ class Trainings:
         if not file.is_file() or not [*folder.glob('training_states/*.state'), *folder.glob('results.json')]:
             return
         before, now = ({key: one.get(key) for key in DECISIVE} for one in (load_options(str(file)), opt))
-        for found in differences(before, now):
+        found = next(differences(before, now), None)
+        if found:
             raise UserError(
                 f'{folder} was begun with other options: {found}. Give this study a name of its own, by '
                 '--set name=..., or delete that folder.'

@@ -104,11 +104,6 @@ def restorer():
     return cea_arch.Restorer(device='cpu', tile=0)
 
 
-def restore(restorer, pixels: np.ndarray) -> np.ndarray:
-    x = torch.from_numpy(pixels.transpose(2, 0, 1)[None] / np.float32(255))
-    return quantize(restorer(x)[0].numpy().transpose(1, 2, 0))
-
-
 def judged(kind: str) -> dict[str, np.ndarray]:
     return {name: clean for name, clean in pictures().items() if kind not in UNSOLVED.get(name, ())}
 
@@ -116,7 +111,7 @@ def judged(kind: str) -> dict[str, np.ndarray]:
 def test_what_needs_nothing_is_left_alone(restorer):
     scores = {}
     for name, clean in judged('clean').items():
-        result = restore(restorer, clean)
+        result = cea_arch.restore(clean, restorer)
         scores[name] = psnr(result, clean)
         assert abs(result.mean() - clean.mean()) <= 2, name
     assert np.mean(list(scores.values())) >= 45, scores
@@ -139,7 +134,7 @@ def test_no_picture_is_made_worse(restorer, kind):
         degraded = quantize(DEGRADE[kind](clean / 255, np.random.default_rng(0)))
         before = psnr(degraded, clean)
         if before < 45:  # else hardly degraded, as if it were clean
-            changes[name] = psnr(restore(restorer, degraded), clean) - before
+            changes[name] = psnr(cea_arch.restore(degraded, restorer), clean) - before
     assert len(changes) > 10
     assert min(changes.values()) >= (-0.5 if kind == 'jpeg 20' else -0.2), changes
     assert np.mean(list(changes.values())) > (3 if 'noise' in kind else 0), changes
