@@ -17,7 +17,7 @@ from cea_arch.rules import Rule, list_of, number, section
 _SHARE = number(minimum=0, maximum=1)
 _RANGE = list_of(number(exclusiveMinimum=0), 2, 2)
 AUGMENT_RULE: Rule = section(
-    dict.fromkeys(('drawn', 'channels', 'grey', 'tone'), _SHARE)
+    dict.fromkeys(('drawn', 'channels', 'grey', 'tone', 'fade', 'soft'), _SHARE)
     | dict.fromkeys(('saturation', 'brightness', 'gamma'), _RANGE)
 )
 LETTERS = 'abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'
@@ -37,6 +37,16 @@ def saturate(img: Array, factor: float) -> Array:
 def tone(img: Array, brightness: float, gamma: float) -> Array:
     """``(brightness * img) ^ gamma``, clipped before; ``gamma`` above 1 darkens the middle."""
     return np.clip(brightness * img, 0, 1) ** gamma
+
+
+def fade(img: Array, white: float, share: float) -> Array:
+    """Blend towards the grey level ``white`` by ``share``, as fog, glare and old prints do, but meant so."""
+    return img + share * (white - img)
+
+
+def soft(img: Array, width: float) -> Array:
+    """Blur by a Gaussian of standard deviation ``width`` in pixels: as soft as cameras' pixels are at full size."""
+    return cv2.GaussianBlur(img, (9, 9), width)
 
 
 def drawing(shape: Sequence[int], rng: Generator) -> Array:
@@ -93,12 +103,15 @@ def augment(img: Array, options: Mapping[str, Any], rng: Generator) -> Array:
         img: RGB ``(H, W, 3)``.
         options: By name, shares of samples: ``channels`` get their channels in another order, ``grey`` become grey,
             ``tone`` get another saturation, brightness and gamma, log-uniform in the ranges ``saturation``,
-            ``brightness`` and ``gamma`` (no range, no change); ``drawn`` give way to a :func:`drawing`.
+            ``brightness`` and ``gamma`` (no range, no change); ``fade`` are faded by 0.2 to 0.7 towards 0.6 to 1;
+            ``soft`` are blurred by 0.4 to 1.2 pixels; ``drawn`` give way to a :func:`drawing`.
         rng: Source of all randomness.
     """
     if rng.random() < options.get('drawn', 0):
         return drawing(img.shape, rng)
-    reordered, greyed, toned = (rng.random() < options.get(name, 0) for name in ('channels', 'grey', 'tone'))
+    reordered, greyed, toned, faded, softened = (
+        rng.random() < options.get(name, 0) for name in ('channels', 'grey', 'tone', 'fade', 'soft')
+    )
     order = rng.permutation(3)
     factors = {
         name: log_uniform(*options[name], rng) if name in options else 1.0
@@ -106,9 +119,13 @@ def augment(img: Array, options: Mapping[str, Any], rng: Generator) -> Array:
     }
     if reordered:
         img = img[..., order]
-    if not (greyed or toned):
+    if not (greyed or toned or faded or softened):
         return img
     values = img / float(np.iinfo(img.dtype).max)
     if toned:
         values = tone(saturate(values, factors['saturation']), factors['brightness'], factors['gamma'])
+    if faded:
+        values = fade(values, rng.uniform(0.6, 1), rng.uniform(0.2, 0.7))
+    if softened:
+        values = soft(values, rng.uniform(0.4, 1.2))
     return quantize(grey(values) if greyed else values)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from cea_arch.data.augmentations import augment, drawing, grey, saturate, shrink, tone
+from cea_arch.data.augmentations import augment, drawing, fade, grey, saturate, shrink, soft, tone
 from cea_arch.data.cea_dataset import CEADataset
-from cea_arch.data.degradations import LUMA, chroma_noise, shot_noise
+from cea_arch.data.degradations import LUMA, camera_noise, chroma_noise, shot_noise
 
 
 @pytest.fixture
@@ -27,6 +27,16 @@ def test_colours_and_tones(rng):
     np.testing.assert_allclose(saturate(img, 1.2) @ LUMA, img @ LUMA)
     np.testing.assert_allclose(tone(img, 0.5, 2), (img / 2) ** 2)
     assert tone(img, 10, 0.5).max() == 1
+    np.testing.assert_allclose(fade(img, 0.9, 0), img)
+    np.testing.assert_allclose(fade(img, 0.9, 1), 0.9)
+    assert np.ptp(fade(img, 0.9, 0.5)) == pytest.approx(np.ptp(img) / 2)
+
+
+def test_soft_pictures_keep_their_tone_and_lose_their_edges():
+    edge = np.repeat([0.2, 0.8], 20)[None, :, None].repeat(30, 0).repeat(3, 2)
+    slopes = [np.abs(np.diff(soft(edge, width), axis=1)).max() for width in (0.4, 0.8, 1.2)]
+    assert 0.6 > slopes[0] > slopes[1] > slopes[2] > 0.15
+    assert soft(edge, 1.2).mean() == pytest.approx(edge.mean())
 
 
 def test_options_choose_what_is_done(rng, image):
@@ -39,6 +49,11 @@ def test_options_choose_what_is_done(rng, image):
     assert np.ptp(greyed, axis=2).max() == 0
     darker = augment(image, {'tone': 1, 'brightness': [0.2, 0.3]}, rng)
     assert 0.15 < darker.mean() / image.mean() < 0.35
+    pale = augment(image, {'fade': 1}, rng)
+    assert pale.mean() > image.mean()
+    assert 0.2 < np.ptp(pale) / np.ptp(image) < 0.85
+    softened = augment(image, {'soft': 1}, rng)
+    assert np.abs(np.diff(softened / 255, axis=1)).mean() < np.abs(np.diff(image / 255, axis=1)).mean()
     wide = augment(image.astype(np.uint16) * 257, {'tone': 1, 'gamma': [1.9, 2.1]}, rng)
     np.testing.assert_allclose(wide, 255 * (image / 255) ** 2, atol=12)
 
@@ -90,6 +105,17 @@ def test_noise_of_photons_and_of_colour(rng):
     assert noise.std() * 255 == pytest.approx(10)
     assert abs(noise @ LUMA).max() < 1e-12
     assert np.corrcoef(noise[:, 1:, 0].ravel(), noise[:, :-1, 0].ravel())[0, 1] > 0.5
+
+
+def test_noise_as_files_of_cameras_have_it(rng):
+    img = np.broadcast_to(np.array([0.0, 1.0])[:, None, None], (2, 1, 3)).repeat(150, 0).repeat(300, 1)
+    for width, together in ((0.3, 0.1), (0.6, 0.5), (1.2, 0.8)):
+        noise = (camera_noise(img, 10, width, rng) - img) * 255
+        assert noise[200:].std() == pytest.approx(10, rel=0.06)
+        assert noise[:100].std() == pytest.approx(10 * 0.2**0.5, rel=0.06)
+        assert np.corrcoef(noise[:, 1:, 0].ravel(), noise[:, :-1, 0].ravel())[0, 1] == pytest.approx(together, abs=0.12)
+        luminance = noise.mean(2, keepdims=True)
+        assert 0.3 < (noise - luminance).std() / luminance.std() < 0.6
 
 
 def test_a_training_uses_them_and_an_evaluation_does_not(image_folder):
