@@ -33,7 +33,6 @@ from cea_arch.training.options import check_options, read_options
 from cea_arch.training.pipeline import parsed_options
 from cea_arch.training.study_variants import DEFAULT, REFERENCE, Variant, find_variants
 
-DECISIVE = ('network_g', 'datasets', 'train')  # what makes a run another one
 PICTURES, SIDE = 6, 256  # of each validation set, for what is asked of a trained network; pixels
 Scores = dict[str, float]
 Pictures = dict[str, list[tuple[Tensor, Tensor]]]  # degraded and clean by set, RGB (1, 3, H, W) in [0, 1]
@@ -72,9 +71,13 @@ class Trainings:
 
     def train(self, run: Run, opt: Options) -> bool | None:
         """Whether the run came to its end; ``None`` if there is no time left for it."""
+        file = self.folder / f'{run.name}.yml'
+        if file.is_file() and [*differences(_scored_by(load_options(str(file))), _scored_by(opt))]:
+            (run.folder(self.root) / 'results.json').unlink(
+                missing_ok=True
+            )  # other sets or metrics: to be scored again
         if is_done(run, self.root, opt):
             return True
-        file = self.folder / f'{run.name}.yml'
         write_options(opt, file, f'cea study -opt {opt.file}: {run.variant.name}, seed {run.seed}')
         if self.stopped.is_set() or time.monotonic() > self.end:
             return None
@@ -96,8 +99,7 @@ class Trainings:
         file, folder = self.folder / f'{run.name}.yml', run.folder(self.root)
         if not file.is_file() or not [*folder.glob('training_states/*.state'), *folder.glob('results.json')]:
             return
-        before, now = ({key: one.get(key) for key in DECISIVE} for one in (load_options(str(file)), opt))
-        found = next(differences(before, now), None)
+        found = next(differences(_trained_by(load_options(str(file))), _trained_by(opt)), None)
         if found:
             raise UserError(
                 f'{folder} was begun with other options: {found}. Give this study a name of its own, by '
@@ -223,6 +225,15 @@ def _check(opt: Options) -> None:
         raise UserError('cea study needs psnr among val.metrics, such as by val.protocol: aio.', 'val.metrics')
     if opt['path'].get('pretrain_network_g'):
         raise UserError('cea study trains from nothing: path.pretrain_network_g must be ~.', 'path.pretrain_network_g')
+
+
+def _trained_by(opt: Options) -> dict[str, Any]:
+    """What makes a run another one."""
+    return {'network_g': opt['network_g'], 'datasets': {'train': opt['datasets']['train']}, 'train': opt['train']}
+
+
+def _scored_by(opt: Options) -> dict[str, Any]:
+    return {'datasets': {**opt['datasets'], 'train': None}, 'val': opt['val']}
 
 
 def _options(opt: Options, one: Run) -> Options:

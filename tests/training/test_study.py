@@ -249,6 +249,28 @@ def test_intervals_are_students():
     assert (mean, half) == (3.0, pytest.approx(2.776445 * 1.5811388 / 5**0.5))
 
 
+def test_other_validation_sets_and_metrics_are_scored_without_training(workplace):
+    folder, opt = workplace
+    opt['train']['total_iter'] = 2
+    opt['val'] |= {'save_img': False}
+    del opt['datasets']['val_2']
+
+    def scores():
+        assert command(folder, opt, '--variants', 'none', '--seeds', '0') == 0
+        return json.loads((folder / 'experiments/run_study/study.json').read_text())['runs'][0]['psnr']
+
+    first = scores()
+    opt['datasets']['val_2'] = opt['datasets']['val_1'] | {'name': 'again'}
+    second = scores()
+    assert second == first | {'again': first['s25']}
+    opt['val'] = {'val_freq': 2, 'save_img': False, 'protocol': 'basicsr'}
+    third = scores()
+    assert third.keys() == second.keys()
+    assert third != second
+    logs = [file.read_text() for file in (folder / 'experiments/run_none_s0').glob('train_*.log')]
+    assert ['grad_norm: ' in log for log in logs].count(True) == 1 < len(logs)
+
+
 def test_a_run_that_ended_while_it_was_scored_is_not_done(tmp_path):
     one = study.Run(study.Variant('none', {}, 1), 0, 'run')
     models = one.folder(tmp_path) / 'models'
