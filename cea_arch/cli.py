@@ -30,9 +30,13 @@ def score(args: argparse.Namespace) -> None:
 def report(args: argparse.Namespace) -> None:
     comparison = importlib.import_module('cea_arch.metrics.comparison')
     study_tables = importlib.import_module('cea_arch.metrics.study_tables')
-    studies = [content for path in args.results if (content := study_tables.read_study(path))]
-    if studies and len(studies) == len(args.results) and not args.published:
-        print('\n'.join(map(study_tables.tables, study_tables.merged(studies))), end='')
+    studies = {path: content for path in args.results if (content := study_tables.read_study(path))}
+    if studies:
+        if others := [path for path in args.results if path not in studies] or args.published:
+            for path in others if isinstance(others, list) else []:
+                comparison.read_results(path)  # for its error, if it is none either
+            raise UserError(f'{next(iter(studies))} is a study.json, which only others of its kind may stand beside.')
+        print('\n'.join(map(study_tables.tables, study_tables.merged([*studies.values()]))), end='')
         return
     methods = comparison.published(args.published) if args.published else []
     methods += [comparison.read_results(path) for path in args.results]
@@ -72,6 +76,9 @@ def main(argv: list[str] | None = None) -> int:
             return _run(args)
     except UserError as error:
         print(f'cea {args.command}: {error}', file=sys.stderr)
+        return 2
+    except (FileExistsError, NotADirectoryError) as error:  # of folders that are to be made
+        print(f'cea {args.command}: {error.filename}: expected a folder, but there is a file.', file=sys.stderr)
         return 2
     except BrokenPipeError:  # as with `| head`; what is left must not be written at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -49,6 +49,19 @@ def as_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
+def from_json(text: str | bytes) -> Any:
+    """What :func:`as_json` has written, with its numbers that are not finite."""
+
+    def numbers(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: numbers(inner) for key, inner in item.items()}
+        if isinstance(item, list):
+            return [numbers(inner) for inner in item]
+        return float(item) if item in ('inf', '-inf', 'nan') else item
+
+    return numbers(json.loads(text))
+
+
 def as_path(text: str) -> Path:
     """The path that a user named; ``~`` is the home folder also where a shell leaves it, as in ``--output=~/x``."""
     return Path(text).expanduser()

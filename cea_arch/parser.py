@@ -68,6 +68,17 @@ def _add(
     return command
 
 
+def _least(smallest: int) -> Callable[[str], int]:
+    """A whole number of at least so much."""
+
+    def number(text: str) -> int:
+        if not text.lstrip('-').isdecimal() or int(text) < smallest:
+            raise argparse.ArgumentTypeError(f'expected a whole number, {smallest} or more, got {text!r}')
+        return int(text)
+
+    return number
+
+
 def _later(module: str, function: str = 'run') -> Callable[[argparse.Namespace], int | None]:
     """A function whose module is imported when it is called."""
     return lambda args: getattr(importlib.import_module(module), function)(args)
@@ -100,7 +111,9 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
     text = 'train a network with CEA and its ablations, as the paper names them, for several seeds, and compare'
     study = _add(commands, 'study', text, _later('cea_arch.training.study'))
     _add_options(study)
-    study.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], help='one training of each variant for each')
+    study.add_argument(
+        '--seeds', nargs='+', type=_least(0), default=[0, 1, 2], help='one training of each variant for each'
+    )
     study.add_argument(
         '--variants',
         nargs='+',
@@ -112,7 +125,7 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
     text = 'equal parameters, by the width of feed-forwards or, of other networks, by the option study.width names'
     study.add_argument('--match', action='store_true', help=text)
     study.add_argument('--hours', type=float, help='save and end after so many; the same command goes on')
-    study.add_argument('--jobs', type=int, default=1, help='trainings at a time')
+    study.add_argument('--jobs', type=_least(1), default=1, help='trainings at a time')
     _add(commands, 'schema', 'print the JSON schema of option files, for editors', _later('cea_arch.cli', 'schema'))
 
 

@@ -27,9 +27,12 @@ def score_saved_images(
         lpips: Score by LPIPS, too: with the backbone's weights from this file, or where it is empty from the network.
 
     Raises:
-        UserError: A folder that does not exist, images without a partner, or of another size than theirs; or LPIPS
-            cannot be had.
+        UserError: Two sets of one name, a folder that does not exist, images without a partner, or of another size than
+            theirs; or LPIPS cannot be had.
     """
+    names = [name for name, *_ in sets]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UserError(f'{len(repeated)} sets are called {repeated[0]!r}: each needs a name of its own.')
     rules = find_protocol(protocol, 'protocol')
     metrics = rules.metrics
     if lpips is not None:

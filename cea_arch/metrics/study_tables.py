@@ -1,14 +1,17 @@
 """Tables of a study: variants of a network, trained alike for several seeds; from what ``cea study`` has stored."""
 
-import json
 import math
 import os
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from scipy.stats import t as student
+
+from cea_arch.errors import UserError
+from cea_arch.files import from_json
+from cea_arch.models.resuming import differences
 
 CONFIDENCE = 0.95
 
@@ -23,11 +26,17 @@ def tables(content: dict[str, Any]) -> str:
 
 
 def merged(studies: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Studies with the same data and training, such as of several machines, as one; the others as they are."""
+    """Studies with the same data and training, such as of several machines, as one; the others as they are.
+
+    Raises:
+        UserError: A variant is not the same network in two that would be one.
+    """
     found: dict[Any, dict[str, Any]] = {}
     for study in studies:
         key = (study['reference'], *sorted({run.get('recipe') for run in study['runs']}))
         whole = found.setdefault(key, study | {'variants': {}, 'runs': []})
+        before, now = ({name: one['network_g'] for name, one in part['variants'].items()} for part in (whole, study))
+        same_networks(before, now, 'among the files before')
         known = {(run['variant'], run['seed']) for run in whole['runs']}
         whole['runs'] += [run for run in study['runs'] if (run['variant'], run['seed']) not in known]
         whole['variants'] |= {
@@ -36,12 +45,29 @@ def merged(studies: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def same_networks(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+    """Raise a UserError if a variant's network is another one in two mappings, since one row is to hold both."""
+    for name in before.keys() & now.keys():
+        change = next(differences(before[name], now[name], 'network_g.'), None)
+        if change:
+            raise UserError(
+                f'variant {name} is another network {where}: {change}. Give this study a name of its own, by '
+                '--set name=..., and report them one by one.'
+            )
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half the width of Student's 95 % confidence interval; without a width for one value alone."""
-    mean, count = statistics.fmean(values), len(values)
+    count = len(values)
     if count < 2:
-        return mean, math.nan
-    return mean, float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+        return mean(values), math.nan
+    deviation = float(np.std(values, ddof=1))
+    return mean(values), float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * deviation / math.sqrt(count)
+
+
+def mean(values: Sequence[float]) -> float:
+    """Not a number where one of them is none, or where there are none."""
+    return float(np.mean(values)) if len(values) else math.nan
 
 
 def _scores(runs: list[dict[str, Any]], variants: dict[str, dict[str, Any]]) -> str:
@@ -51,7 +77,7 @@ def _scores(runs: list[dict[str, Any]], variants: dict[str, dict[str, Any]]) -> 
         mine = [run for run in runs if run['variant'] == name]
         hours = [run['core_seconds'] / 3600 for run in mine if run.get('core_seconds')]
         cells = [name, f'{variant["parameters"]:,}', f'{variant["steps"]:,}']
-        cells += [f'{statistics.fmean(hours):.2f}' if hours else '-', str(len(mine))]
+        cells += [f'{mean(hours):.2f}' if hours else '-', str(len(mine))]
         lines.append(_row(cells + [_spread([run['psnr'][column] for run in mine]) for column in columns]))
     return '\n'.join([*lines, '', 'PSNR in dB: mean and standard deviation over the seeds.', ''])
 
@@ -99,7 +125,8 @@ def _residuals(runs: list[dict[str, Any]]) -> str:
 
 
 def _columns(runs: list[dict[str, Any]]) -> list[str]:
-    return list(runs[0]['psnr'])
+    """Sets that every run was scored on."""
+    return [column for column in runs[0]['psnr'] if all(column in run['psnr'] for run in runs)]
 
 
 def _head(words: list[str]) -> list[str]:
@@ -111,8 +138,8 @@ def _row(cells: list[str]) -> str:
 
 
 def _spread(values: list[float], sign: str = '') -> str:
-    deviation = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
-    return f'{statistics.fmean(values):{sign}.2f}{deviation}'
+    deviation = f' ± {np.std(values, ddof=1):.2f}' if len(values) > 1 else ''
+    return f'{mean(values):{sign}.2f}{deviation}'
 
 
 def _with_interval(values: list[float]) -> str:
@@ -123,7 +150,7 @@ def _with_interval(values: list[float]) -> str:
 def read_study(path: str | os.PathLike) -> dict[str, Any] | None:
     """The content of a ``study.json``; ``None`` if the file is another."""
     try:
-        content = json.loads(Path(path).read_text('utf-8'))
+        content = from_json(Path(path).read_text('utf-8'))
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) and {'runs', 'variants', 'reference'} <= content.keys() else None

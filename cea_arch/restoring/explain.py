@@ -1,6 +1,8 @@
 """``cea explain``: where CEA's probes look in a picture, what each layer adds, how far pictures are from each other."""
 
 import argparse
+import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ SIDE = 512  # pixels, of the part of a picture that is looked at
 PANEL = 560  # pixels, width of a picture of a sheet
 BAND = 24  # pixels, of a caption
 CELL = 480  # pixels, of a plot of distances
+DISTANCES = 'distances.png'
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class Layer:
     change: float
 
 
-def run(args: argparse.Namespace) -> None:
-    """Explain each picture by a sheet and a table, and several by their distances."""
+def run(args: argparse.Namespace) -> int:
+    """Explain each picture by a sheet and a table, and several by their distances; 1 if one could not be read."""
     restorer = Restorer(args.model, args.device, network_g=args.network_g)
     names = sites(restorer.net)
     if not names:
@@ -63,28 +66,39 @@ def run(args: argparse.Namespace) -> None:
     if failures := [failure for plan in plans for failure in plan.failures]:
         raise UserError(failures[0])
     sources = list(dict.fromkeys(job.source for plan in plans for job in plan.jobs))
-    stems = [source.stem for source in sources]
-    with_sheets = len(sources) * (len(TASKS) if args.synthetic else 1) <= args.sheets
+    kinds = {source: TASKS if args.synthetic else (source.absolute().parent.name,) for source in sources}
+    count = sum(map(len, kinds.values()))
+    targets = {}
+    if count <= args.sheets:
+        for source, name in zip(sources, _names(sources)):
+            for kind in kinds[source]:
+                targets[source, kind] = output / f'{name}{f"_{kind}" if args.synthetic else ""}_explained.png'
+    for target in [*targets.values(), *([output / DISTANCES] if count > 1 else [])]:
+        refuse_to_replace(target, args.overwrite)
+    code = 0
     for source in sources:
-        name = source.stem if stems.count(source.stem) == 1 else f'{source.absolute().parent.name}_{source.stem}'
-        pixels = _middle(as_rgb8(read_picture(source).pixels))
-        for group, degraded in _versions(pixels, args.synthetic, source):
-            target = output / f'{name}{f"_{group}" if args.synthetic else ""}_explained.png'
-            refuse_to_replace(target, args.overwrite)
+        try:
+            pixels = _middle(as_rgb8(read_picture(source).pixels))
+        except UserError as error:
+            print(f'cea explain: {error}', file=sys.stderr)
+            code = 1
+            continue
+        for kind, degraded in zip(kinds[source], _versions(pixels) if args.synthetic else [pixels]):
             image = _tensor(degraded).to(restorer.device)
             restored, seen = observe(restorer.net, restorer.fit, image)
-            factors.setdefault(group, []).append(seen)
+            factors.setdefault(kind, []).append(seen)
             if args.keep:
-                pairs.setdefault(group, []).append((image, _tensor(pixels).to(restorer.device)))
-            if with_sheets:
+                pairs.setdefault(kind, []).append((image, _tensor(pixels).to(restorer.device)))
+            if target := targets.get((source, kind)):
                 layers = explain(restorer.net, restorer.fit, image, restored, seen)
                 sheet = draw_sheet(restorer.net, restorer.fit, image, restored, layer)
                 write_picture(target, Picture(sheet, 'PNG'), args.overwrite)
                 print(f'{target}, layer {layer}:\n\n{layer_table(layers)}')
     if sum(map(len, factors.values())) > 1:
-        _explain_distances(factors, output, args.overwrite)
-    if args.keep:
+        _explain_distances(factors, output / DISTANCES, args.overwrite)
+    if pairs:
         print(f'\n{sparsity_table(restorer.net, restorer.fit, pairs, factors, args.keep)}')
+    return code
 
 
 @torch.no_grad()
@@ -225,7 +239,7 @@ def _looks(factors: nn.Module, x: Tensor) -> Tensor:
     return weights.unflatten(-1, [-(-length // stride) for length in x.shape[-2:]])
 
 
-def _explain_distances(factors: Mapping[str, list[Mapping[str, Residual]]], output: Path, overwrite: bool) -> None:
+def _explain_distances(factors: Mapping[str, list[Mapping[str, Residual]]], target: Path, overwrite: bool) -> None:
     """Print the mean distances within and between groups, and draw all of them."""
     every = [one for members in factors.values() for one in members]
     owner = np.repeat(np.arange(len(factors)), [len(members) for members in factors.values()])
@@ -236,7 +250,6 @@ def _explain_distances(factors: Mapping[str, list[Mapping[str, Residual]]], outp
         cells = [f'{found[mask].mean():.3f}' if mask.any() else '' for mask in (same, owner[:, None] != owner)]
         lines.append(f'| of {letter} | {cells[0]} | {cells[1]} |')
         plots.append(_captioned(_plot(found, owner, list(factors)), f'{letter}: distances, up to {found.max():.2f}'))
-    target = output / 'distances.png'
     write_picture(target, Picture(np.hstack(plots), 'PNG'), overwrite)
     print(f'{len(every)} pictures, {len(factors)} kinds ({", ".join(factors)}); {target}:\n\n' + '\n'.join(lines))
 
@@ -254,13 +267,18 @@ def _plot(found: np.ndarray, owner: np.ndarray, names: list[str]) -> np.ndarray:
     return np.pad(picture, ((0, 0), (0, 8), (0, 0)), constant_values=255)
 
 
-def _versions(pixels: np.ndarray, synthetic: bool, source: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The picture under its folder's name; or degraded by each kind, under the kind's."""
-    if not synthetic:
-        yield source.absolute().parent.name, pixels
-        return
+def _versions(pixels: np.ndarray) -> Iterator[np.ndarray]:
+    """The picture degraded by each of ``TASKS``."""
     for number, task in enumerate(TASKS):
-        yield task, quantize(synthesize(pixels / 255, [task], np.random.default_rng(number)))
+        yield quantize(synthesize(pixels / 255, [task], np.random.default_rng(number)))
+
+
+def _names(sources: list[Path]) -> list[str]:
+    """What the sheets of pictures are called by: as short as it can be without two being equal."""
+    paths = [source.absolute() for source in sources]
+    stems = Counter(path.stem for path in paths)
+    names = [path.stem if stems[path.stem] == 1 else f'{path.parent.name}_{path.stem}' for path in paths]
+    return names if len({*names}) == len(names) else ['_'.join(path.parts[1:]) for path in paths]
 
 
 def _tensor(pixels: np.ndarray) -> Tensor:

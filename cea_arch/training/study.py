@@ -1,10 +1,9 @@
 """``cea study``: does CEA earn its place, and what does it do? The same training, networks that differ in one thing."""
 
 import argparse
-import json
+import glob
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -22,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cea_arch.errors import UserError
-from cea_arch.files import as_json, written_beside
+from cea_arch.files import as_json, from_json, written_beside
 from cea_arch.layers.observing import observing, silenced, sites
-from cea_arch.metrics.study_tables import tables
+from cea_arch.metrics.study_tables import mean, same_networks, tables
 from cea_arch.models.resuming import differences
 from cea_arch.networks.from_file import build_network, load_network
 from cea_arch.restoring.explain import psnr
@@ -81,9 +80,14 @@ class Trainings:
         write_options(opt, file, f'cea study -opt {opt.file}: {run.variant.name}, seed {run.seed}')
         if self.stopped.is_set() or time.monotonic() > self.end:
             return None
+        stale = [file.with_suffix('.json')]  # what was found out about the run, and its time where it begins anew
+        if not [*run.folder(self.root).glob('training_states/*.state')]:
+            stale.append(file.with_suffix('.seconds'))
+        for old in stale:
+            old.unlink(missing_ok=True)
         command = [sys.executable, '-m', 'cea_arch.train', '-opt', str(file), '--root', self.root, '--auto_resume']
         print(f'{run.name}: training', file=sys.stderr)
-        with file.with_suffix('.log').open('w') as log:
+        with file.with_suffix('.log').open('a') as log:
             # of its own session, so that Ctrl-C reaches it once, by us
             process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
             self.running.add(process)
@@ -155,6 +159,13 @@ def run(args: argparse.Namespace) -> int:
     trainings = Trainings(args.root, folder, args.hours)
     for one in runs:
         trainings.check(one, _options(opt, one))
+    ours = {(one.variant.name, one.seed) for one in runs}  # these have the networks of now
+    others = [one for one in _stored(folder, opt) if (one['variant'], one['seed']) not in ours]
+    same_networks(
+        {one['variant']: one['network_g'] for one in others},
+        {one.name: one.network for one in variants},
+        f'in {folder}',
+    )
     with _ending(trainings), ThreadPoolExecutor(args.jobs) as pool:
         try:
             ended = list(pool.map(lambda one: trainings.train(one, _options(opt, one)), runs))
@@ -182,7 +193,7 @@ def is_done(one: Run, root: str, opt: Options) -> bool:
     results = folder / 'results.json'
     if not (results.is_file() and (folder / 'models/net_g_latest.pth').is_file()):
         return False
-    found = json.loads(results.read_text('utf-8'))
+    found = from_json(results.read_text('utf-8'))
     sets = {dataset['name'] for phase, dataset in opt['datasets'].items() if phase != 'train'}
     return found['iteration'] == opt['train']['total_iter'] and sets <= found['sets'].keys()
 
@@ -195,7 +206,7 @@ def residuals(net: nn.Module, images: list[Tensor]) -> dict[str, tuple[float, fl
         images: RGB ``(1, 3, H, W)`` in [0, 1], two or more.
 
     Returns:
-        The mean of |dY| / |XW| over the images, and of the cosine between the rows of A of any two of them.
+        The mean of |dY| / |XW| over the images, and of the cosine between the rows of A of any two of them, if any.
     """
     with torch.no_grad(), observing(net.eval()) as seen:
         for image in images:
@@ -204,7 +215,7 @@ def residuals(net: nn.Module, images: list[Tensor]) -> dict[str, tuple[float, fl
     for name, calls in seen.items():
         bases = [call.bases for call in calls]
         cosines = [F.cosine_similarity(a, b, dim=-1).mean() for n, a in enumerate(bases) for b in bases[:n]]
-        found[name] = (statistics.fmean(call.size for call in calls), torch.stack(cosines).mean().item())
+        found[name] = (mean([call.size for call in calls]), mean([cosine.item() for cosine in cosines]))
     return found
 
 
@@ -216,8 +227,8 @@ def ablated(net: nn.Module, pictures: Pictures) -> Scores:
             with silenced(net.eval()):
                 without = [psnr(net(lq), gt) for lq, gt in pairs]
             whole = [psnr(net(lq), gt) for lq, gt in pairs]
-            changes[name] = statistics.fmean(a - b for a, b in zip(without, whole))
-    return changes | {'mean': statistics.fmean(changes.values())}
+            changes[name] = mean([a - b for a, b in zip(without, whole)])
+    return changes | {'mean': mean([*changes.values()])}
 
 
 def _check(opt: Options) -> None:
@@ -229,11 +240,24 @@ def _check(opt: Options) -> None:
 
 def _trained_by(opt: Options) -> dict[str, Any]:
     """What makes a run another one."""
-    return {'network_g': opt['network_g'], 'datasets': {'train': opt['datasets']['train']}, 'train': opt['train']}
+    data = {key: value for key, value in opt['datasets']['train'].items() if key != 'num_worker_per_gpu'}
+    return {'network_g': opt['network_g'], 'datasets': {'train': data}, 'train': opt['train']}
 
 
 def _scored_by(opt: Options) -> dict[str, Any]:
     return {'datasets': {**opt['datasets'], 'train': None}, 'val': opt['val']}
+
+
+def _recipe(opt: Options) -> int:
+    """Equal where data, training and scoring are, whatever the network is."""
+    return zlib.crc32(as_json([_trained_by(opt) | {'network_g': None}, _scored_by(opt)]).encode())
+
+
+def _stored(folder: Path, opt: Options) -> list[dict[str, Any]]:
+    """What was found out about the runs of this recipe, by all calls up to now."""
+    files = folder.glob(f'{glob.escape(opt["name"])}_*_s*.json')
+    runs = [from_json(file.read_text('utf-8')) for file in files]
+    return [one for one in runs if one['recipe'] == _recipe(opt)]
 
 
 def _options(opt: Options, one: Run) -> Options:
@@ -257,11 +281,10 @@ def _content(args: argparse.Namespace, opt: Options, done: list[Run], trainings:
 
     What was found out about a finished run is kept beside it.
     """
-    recipe = zlib.crc32(as_json([opt['datasets'], opt['train'], opt['val']]).encode())
-    pictures = None
+    recipe, pictures = _recipe(opt), None
     for one in done:
         file = trainings.folder / f'{one.name}.json'
-        if file.is_file() and json.loads(file.read_text('utf-8'))['recipe'] == recipe:
+        if file.is_file() and from_json(file.read_text('utf-8'))['recipe'] == recipe:
             continue
         pictures = pictures or _pictures(args, opt)
         told = {'variant': one.variant.name, 'seed': one.seed, 'recipe': recipe, 'network_g': one.variant.network}
@@ -269,9 +292,8 @@ def _content(args: argparse.Namespace, opt: Options, done: list[Run], trainings:
         told['steps'] = _options(opt, one)['train']['total_iter']
         with written_beside(file) as aside:
             aside.write_text(as_json(told | _found_out(one, args.root, pictures)), 'utf-8')
-    runs = [json.loads(file.read_text('utf-8')) for file in trainings.folder.glob(f'{opt["name"]}_*_s*.json')]
     order = [one.variant.name for one in done]
-    runs = [one for one in runs if one['recipe'] == recipe]
+    runs = _stored(trainings.folder, opt)
     runs.sort(key=lambda one: (order.index(one['variant']) if one['variant'] in order else len(order), one['seed']))
     variants = {one['variant']: {key: one.pop(key) for key in ('parameters', 'steps', 'network_g')} for one in runs}
     return {'study': opt['name'], 'reference': REFERENCE, 'variants': variants, 'runs': runs}
@@ -282,7 +304,7 @@ def _found_out(one: Run, root: str, pictures: Pictures) -> dict[str, Any]:
     found: dict[str, Any] = {'psnr': _scores(one.folder(root) / 'results.json')}
     net = load_network(one.folder(root) / 'models' / 'net_g_latest.pth')
     if sites(net):
-        images = [pairs[0][0] for pairs in pictures.values()]
+        images = [lq for pairs in pictures.values() for lq, _ in (pairs[:1] if len(pictures) > 1 else pairs)]
         fresh, trained = residuals(build_network(one.variant.network), images), residuals(net, images)
         found['residuals'] = {site: (fresh[site], trained[site]) for site in fresh}
         found['ablated'] = ablated(net, pictures)
@@ -307,21 +329,21 @@ def _pictures(args: argparse.Namespace, opt: Options) -> Pictures:
 
 def _scores(results: Path) -> Scores:
     """PSNR by set, and the mean of each group."""
-    sets = json.loads(results.read_text('utf-8'))['sets']
-    scores = {key: float(result['means']['psnr']) for key, result in sets.items()}
+    sets = from_json(results.read_text('utf-8'))['sets']
+    scores = {key: result['means']['psnr'] for key, result in sets.items()}
     for group in dict.fromkeys(result['group'] for result in sets.values() if result['group']):
         members = [scores[key] for key, result in sets.items() if result['group'] == group]
-        scores[f'**mean of {group}**'] = statistics.fmean(members)
+        scores[f'**mean of {group}**'] = mean(members)
     return scores
 
 
 @contextmanager
 def _ending(trainings: Trainings) -> Iterator[None]:
-    """Ctrl-C and SIGTERM have the trainings save and end, and the study say how far it came."""
+    """Ctrl-C, SIGTERM and a closed terminal have the trainings save and end, and the study say how far it came."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
     old = {number: signal.signal(number, trainings.stop) for number in numbers}
     try:
         yield

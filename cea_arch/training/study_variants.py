@@ -41,7 +41,7 @@ REFERENCE = 'cea'  # the network as the file says
 MOST_DIFFERENCE = 0.02  # of the number of parameters, between variants of CEAIR
 SAME = 0.002  # and what is not worth a change
 WIDEST = 4096
-_NAME = re.compile(r'(\w+?)(?:\*(\d+(?:\.\d+)?))?')  # none*1.2: none, for 1.2 times as many steps
+_NAME = re.compile(r'([^*]+)(?:\*(\d+(?:\.\d+)?))?')  # none*1.2: none, for 1.2 times as many steps
 
 
 @dataclass(frozen=True)
@@ -68,23 +68,27 @@ def find_variants(opt: dict[str, Any], names: list[str], match: bool) -> list[Va
         opt: Options, whose ``network_g`` is CEAIR, WithCEA or any other; of the latter there are those alone that
             ``study.variants`` has, and ``cea``, the file's own.
         names: Words of the tables above, or of ``study.variants``; ``none*1.2`` trains for 1.2 times the steps.
-        match: Make them as large as the file's network: CEAIR by its feed-forwards, WithCEA by ``study.width``.
+        match: Make them as large as the file's network: CEAIR by its feed-forwards, WithCEA, and what the file has
+            itself, by ``study.width``; as near as that comes where heads must divide it.
 
     Raises:
         UserError: No such variant, one that cannot be built, or no width that fits.
     """
-    network, own = opt['network_g'], (opt.get('study') or {}).get('variants') or {}
+    network, section = opt['network_g'], opt.get('study') or {}
+    own = section.get('variants') or {}
     known = _of_kind(network) | own
     variants = []
     for word in names:
         found = _NAME.fullmatch(word)
-        name = found[1] if found else word
+        name, longer = (found[1], float(found[2] or 1)) if found else (word, 1)
         if name not in known:
             raise UserError(f'variant {name!r} is not known.{suggest(name, known)} Known: {", ".join(known)}.')
+        if not longer:
+            raise UserError(f'variant {word}: it must train for some steps.')
         options = known[name]
-        if match and name not in own:
+        if match and (name not in own or section.get('width') in options.get('base', options)):
             options = matched(options, opt, name)
-        variants.append(Variant(word.replace('*', '_x'), options, parameters(options), float(found[2] or 1)))
+        variants.append(Variant(word.replace('*', '_x'), options, parameters(options), longer))
     return variants
 
 

@@ -11,6 +11,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from cea_arch.cli import main
 from cea_arch.data.cea_dataset import centre_crop
+from cea_arch.files import from_json
 from cea_arch.metrics.comparison import PUBLISHED, published, side_by_side
 from cea_arch.metrics.protocols import PROTOCOLS, score
 from cea_arch.metrics.psnr_ssim_metric import uint8_bgr
@@ -70,9 +71,14 @@ def test_results_of_equal_images_are_json_that_every_program_reads(tmp_path, pho
     content = json.loads(file.read_text(), parse_constant=refuse)
     assert content['sets']['x']['means']['psnr'] == 'inf'
     assert content['sets']['x']['rows'][0]['psnr'] == 'inf'
+    assert from_json(file.read_bytes())['sets']['x']['means']['psnr'] == np.inf
     capsys.readouterr()
     assert main(['report', str(file)]) == 0
     assert '| inf/1.000 |' in capsys.readouterr().out
+    assert main(['score', '--protocol', 'aio', *words[:4], *words]) == 2
+    assert "2 sets are called 'x': each needs a name of its own." in capsys.readouterr().err
+    assert main(['score', '--protocol', 'aio', *words[:4], '--output', str(file)]) == 2
+    assert 'results.json: expected a folder, but there is a file.' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('target', ['amplitude', 'complex'])

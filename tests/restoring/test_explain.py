@@ -83,6 +83,26 @@ def test_equal_names_in_two_folders_and_names_that_are_too_long(model, pictures,
     assert 'cannot be written: File name too long' in capsys.readouterr().err
 
 
+def test_what_is_there_stops_at_once_and_a_damaged_picture_stops_nothing(model, pictures, capsys):
+    (pictures / 'light/light0.jpg').write_bytes((pictures / 'light/light0.png').read_bytes())
+    (pictures / 'light/light1.png').write_bytes(b'')
+    words = ['explain', str(pictures / 'light'), '-m', str(pictures / 'a.pth'), '--device', 'cpu', '-o']
+    assert main([*words, str(pictures / 'out')]) == 1
+    said = capsys.readouterr()
+    assert 'light1.png' in said.err
+    assert '2 pictures, 1 kinds (light)' in said.out
+    assert len({*(pictures / 'out').iterdir()}) == 3  # a sheet each, though their names differ by the suffix alone
+    (pictures / 'out/distances.png').unlink()
+    (pictures / 'light/light1.png').unlink()
+    assert main([*words, str(pictures / 'out'), '--sheets', '0']) == 0  # what it would not write is in nobody's way
+    assert main([*words, str(pictures / 'out'), '--sheets', '0']) == 2
+    said = capsys.readouterr()
+    assert 'distances.png exists; --overwrite replaces it.' in said.err
+    assert said.out.count('cosine distance') == 1
+    assert main([*words, str(pictures / 'light/light0.jpg')]) == 2
+    assert 'light0.jpg: expected a folder, but there is a file.' in capsys.readouterr().err
+
+
 def test_figures_of_a_layer(model):
     x = torch.rand(1, 3, 24, 32)
     restored, seen = observe(model, Fit(), x)

@@ -1,6 +1,8 @@
 """``cea study``: networks against the paper's ablations, alike in data and steps."""
 
 import json
+import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import yaml
 
 from cea_arch.cli import main
 from cea_arch.errors import UserError
+from cea_arch.files import as_json
 from cea_arch.metrics.study_tables import interval, merged, tables
 from cea_arch.networks import CEAIR
 from cea_arch.training import study, study_variants
@@ -221,7 +224,7 @@ def test_the_tables_pair_seeds():
 
 
 def test_studies_of_one_recipe_come_into_one_table():
-    sizes = {'parameters': 1000, 'steps': 5}
+    sizes = {'parameters': 1000, 'steps': 5, 'network_g': {'type': 'CEAIR', 'dim': 8}}
 
     def one(recipe, *runs):
         runs = [run | {'recipe': recipe} for run in runs]
@@ -242,6 +245,11 @@ def test_studies_of_one_recipe_come_into_one_table():
     assert '| none | 2 | +1.50 ± 6.35 |' in tables(whole)
     assert alone == other
     assert len(here['runs']) == 2
+    for run in whole['runs']:
+        run['network_g'] = {}
+    there['variants']['none'] = sizes | {'network_g': {'type': 'CEAIR', 'dim': 12}}
+    with pytest.raises(UserError, match=r'variant none is another network .*: network_g.dim: 12 \(was 8\)'):
+        merged([here, there])
 
 
 def test_intervals_are_students():
@@ -269,6 +277,48 @@ def test_other_validation_sets_and_metrics_are_scored_without_training(workplace
     assert third != second
     logs = [file.read_text() for file in (folder / 'experiments/run_none_s0').glob('train_*.log')]
     assert ['grad_norm: ' in log for log in logs].count(True) == 1 < len(logs)
+
+
+def test_a_network_that_was_changed_is_trained_again_or_refused(workplace, capsys):
+    folder, opt = workplace
+    opt['train']['total_iter'] = 1
+    opt['val'] |= {'save_img': False}
+    opt['name'] = 'run[1]'
+    del opt['datasets']['val_2']  # one set is enough, of one picture too
+    words, wider = ['--variants', 'cea', '--seeds', '0'], ['--set', 'network_g.rank=4']
+
+    def row():
+        lines = capsys.readouterr().out.splitlines()
+        return next(line for line in lines if line.startswith('| cea | ')).split(' | ')
+
+    assert command(folder, opt, *words) == 0
+    first = row()
+    assert command(folder, opt, *words, *wider) == 2
+    assert 'run[1]_cea_s0 was begun with other options: network_g.rank: 4' in capsys.readouterr().err
+    assert command(folder, opt, '--variants', 'cea', '--seeds', '1', *wider) == 2
+    assert 'variant cea is another network in experiments/run[1]_study: network_g.rank: 4' in capsys.readouterr().err
+    shutil.rmtree(folder / 'experiments/run[1]_cea_s0')
+    assert command(folder, opt, *words, *wider) == 0
+    second = row()
+    assert first[1] != second[1]  # parameters
+    assert first[4] == second[4] == '1'  # seeds
+    assert float((folder / 'experiments/run[1]_study/run[1]_cea_s0.seconds').read_text()) > 0
+
+
+def test_a_training_that_gave_no_numbers_is_told(workplace, capsys):
+    folder, _ = workplace
+    (folder / 'a.json').write_text(
+        as_json({'reference': 'cea', 'variants': {}, 'runs': [a_run('none', 0, math.nan), a_run('cea', 0, 21.0)]})
+    )
+    content = json.loads((folder / 'a.json').read_text())
+    content['variants'] = {name: {'parameters': 10, 'steps': 5, 'network_g': {}} for name in ('none', 'cea')}
+    (folder / 'a.json').write_text(json.dumps(content))
+    assert main(['report', 'a.json']) == 0
+    said = capsys.readouterr().out
+    assert '| none | 10 | 5 | 0.50 | 1 | nan |' in said
+    assert '| none | 1 | +nan |' in said
+    assert main(['report', 'a.json', 'none.json']) == 2
+    assert 'none.json cannot be read: No such file' in capsys.readouterr().err
 
 
 def test_a_run_that_ended_while_it_was_scored_is_not_done(tmp_path):
@@ -299,6 +349,7 @@ def test_a_training_that_fails_is_named(workplace, capsys):
 @pytest.mark.parametrize(
     ('change', 'words', 'message'),
     [
+        ({}, ['--variants', 'none*0'], 'variant none*0: it must train for some steps.'),
         ({}, ['--variants', 'statc'], "variant 'statc' is not known. Did you mean 'static'?"),
         ({'network_g': {'type': 'SRVGGNetCompact'}}, [], "variant 'none' is not known. Known: cea."),
         ({'val': {'val_freq': 1}}, [], 'cea study needs psnr among val.metrics'),
