@@ -9,7 +9,7 @@ import operator
 import os
 import re
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 from cea_arch.errors import UserError, suggest
@@ -18,6 +18,7 @@ Rule = dict[str, Any]
 TEXT: Rule = {'type': 'string'}
 FLAG: Rule = {'type': 'boolean'}
 NULL: Rule = {'type': 'null'}
+ABSENT = 'absent'
 ANY: Rule = {}
 _TYPES = {'string': (str, os.PathLike), 'boolean': bool, 'integer': int, 'number': (int, float), 'null': type(None)}
 _TYPES |= {'array': (list, tuple), 'object': dict}
@@ -252,3 +253,13 @@ def _matching(key: object, patterns: Mapping[str, Rule]) -> Rule | None:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f'{text[:77]}...'
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], label: str = '') -> Iterator[str]:
+    """Each option that is not as it was: ``train.total_iter: 200 (was 100)``."""
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key, ABSENT), now.get(key, ABSENT)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from differences(old, new, f'{label}{key}.')
+        elif old != new:
+            yield f'{label}{key}: {new} (was {old})'

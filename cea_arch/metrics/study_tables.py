@@ -11,7 +11,7 @@ from scipy.stats import t as student
 
 from cea_arch.errors import UserError
 from cea_arch.files import from_json
-from cea_arch.models.resuming import differences
+from cea_arch.rules import differences
 
 CONFIDENCE = 0.95
 

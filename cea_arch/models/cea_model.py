@@ -17,11 +17,12 @@ from cea_arch.data.replay import seed_all
 from cea_arch.errors import UserError
 from cea_arch.metrics.protocols import PROTOCOLS
 from cea_arch.metrics.report import Report
-from cea_arch.models.resuming import differences, made_with, take_up
+from cea_arch.models.resuming import made_with, take_up
 from cea_arch.models.training_step import TrainingStep, build_optimizer, checkpoint_activations, memory_format
 from cea_arch.models.validation import ValidatedModel
 from cea_arch.networks.with_cea import WithCEA
 from cea_arch.plugins import loaded_plugins
+from cea_arch.rules import differences
 from cea_arch.threads import ThreadChooser
 
 

@@ -1,6 +1,6 @@
 """Going on with a training: from what its state holds, as the options say now."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -12,7 +12,6 @@ from cea_arch.errors import UserError
 
 RUNTIME = ('optimizer', 'last_epoch', 'verbose')  # of a schedule, beside names that begin with _
 KEPT = ('network_g', 'train', 'manual_seed', 'world_size', 'num_gpu')  # of the options, in a training state
-ABSENT = 'absent'
 
 
 def made_with(opt: dict[str, Any]) -> dict[str, Any]:
@@ -21,16 +20,6 @@ def made_with(opt: dict[str, Any]) -> dict[str, Any]:
     options['network_g'] = dict(options['network_g'])
     options['datasets'] = {'train': deepcopy(opt['datasets'].get('train'))}
     return options
-
-
-def differences(before: dict[str, Any], now: dict[str, Any], label: str = '') -> Iterator[str]:
-    """Each option that is not as it was: ``train.total_iter: 200 (was 100)``."""
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key, ABSENT), now.get(key, ABSENT)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from differences(old, new, f'{label}{key}.')
-        elif old != new:
-            yield f'{label}{key}: {new} (was {old})'
 
 
 def take_up(optimizers: Sequence[Optimizer], schedulers: Sequence[LRScheduler], state: dict[str, Any]) -> list[str]:

@@ -11,8 +11,8 @@ from basicsr.utils import check_resume
 from cea_arch import distributed
 from cea_arch.checkpoints import check_fit, weights_of
 from cea_arch.errors import UserError
-from cea_arch.models.resuming import differences
 from cea_arch.networks.with_cea import holds_layers_alone
+from cea_arch.rules import differences
 from cea_arch.training.options import build_network
 
 

@@ -24,9 +24,9 @@ from cea_arch.errors import UserError
 from cea_arch.files import as_json, from_json, written_beside
 from cea_arch.layers.observing import observing, silenced, sites
 from cea_arch.metrics.study_tables import mean, same_networks, tables
-from cea_arch.models.resuming import differences
 from cea_arch.networks.from_file import build_network, load_network
 from cea_arch.restoring.explain import psnr
+from cea_arch.rules import differences
 from cea_arch.training.option_files import Options, load_options, write_options
 from cea_arch.training.options import check_options, read_options
 from cea_arch.training.pipeline import parsed_options
