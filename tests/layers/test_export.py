@@ -12,7 +12,8 @@ from cea_arch.layers import inject_cea
 from cea_arch.networks import CEAIR
 from cea_arch.networks.with_cea import AUTO_TARGETS, WithCEA
 from tests.conftest import ROOT
-from tests.layers.test_inject import Foreign, awaken, build
+from tests.layers.test_inject import awaken, build
+from tests.layers.test_sites import Foreign
 from tests.networks.test_cea_ir import TINIES, lively
 
 SIZES = [(16, 24), (20, 16), (33, 40)]

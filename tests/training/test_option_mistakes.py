@@ -1,17 +1,14 @@
 """Mistakes that people make in YAML, and on the command line, each with the sentence that it gets."""
 
-import copy
 import re
 
 import pytest
 import yaml
-from basicsr.archs.swinir_arch import SwinIR
 from basicsr.models.sr_model import SRModel
 from basicsr.utils.registry import DATASET_REGISTRY, MODEL_REGISTRY
 
 from cea_arch.cli import main
 from cea_arch.errors import UserError
-from cea_arch.rules import ANY, Checker, arguments, either, list_of, number, section, typed, whole
 from cea_arch.training.option_files import OptionDumper, OptionLoader
 from cea_arch.training.option_rules import options_schema
 from cea_arch.training.options import read_options
@@ -279,51 +276,6 @@ def test_every_basicsr_model_and_dataset_takes_its_documented_keys():
     datasets = {case['if']['properties']['type']['const']: case['then'] for case in cases}
     assert {'meta_info_file', 'filename_tmpl', 'mean'} <= datasets['PairedImageDataset']['properties'].keys()
     assert {'val_partition', 'num_frame'} <= datasets['REDSDataset']['properties'].keys()
-
-
-def test_rules_of_a_signature():
-    def build(images, width: int, scale: float = 1.0, names: list[str | int] | str = 'x', *, extra=None):
-        pass
-
-    rule = arguments(build, {'extra': whole()}, ('images',))
-    for good in ({'width': 1}, {'width': 1, 'scale': 2, 'names': ['a', 1], 'extra': 3}, {'width': 2, 'names': 'b'}):
-        Checker().check(good, rule, 'x')
-    bad = {
-        'x.width is missing': {},
-        'x.width must be a whole number, got 1.5': {'width': 1.5},
-        'x.width must be a whole number, got True': {'width': True},
-        r'x.names must be a list, each text or a whole number or text, got True': {'width': 1, 'names': True},
-        r'x.names\[0\] must be text or a whole number, got 0.5': {'width': 1, 'names': [0.5]},
-        'x.extra must be a whole number of at least 1, got 0': {'width': 1, 'extra': 0},
-        "x: unknown key 'rest'": {'width': 1, 'rest': 0},
-    }
-    for message, options in bad.items():
-        with pytest.raises(UserError, match=message):
-            Checker().check(options, rule, 'x')
-
-
-def test_what_takes_any_word_decides_itself():
-    def foreign(width: int, **rest):
-        pass
-
-    Checker().check({'width': 1, 'rest': 0}, arguments(foreign), 'x')
-    with pytest.raises(UserError, match="x: unknown key 'rest'"):
-        Checker().check({'type': 'SwinIR', 'rest': 0}, arguments(SwinIR), 'x')
-
-
-def test_rules_by_type():
-    rule = typed({'a': section({'type': ANY, 'n': either(number(maximum=1), list_of(whole()))}), 'b': section({})})
-    Checker().check({'type': 'a', 'n': [1, 2]}, rule, 'x')
-    for value, message in (
-        ({'type': 'a', 'n': 2}, 'x.n must be a number up to 1 or a list that is not empty, each a whole number'),
-        ({'type': 'a', 'n': []}, 'x.n must be a number up to 1 or a list that is not empty'),
-        ({'type': 'c'}, "x.type must be one of a, b, got 'c'"),
-        ({}, 'x.type is missing'),
-        ([], r'x must be a mapping, got \[\]'),
-        ({'type': 'a', 'n': float('nan')}, 'x.n must be a number up to 1 or'),
-    ):
-        with pytest.raises(UserError, match=message):
-            Checker().check(copy.deepcopy(value), rule, 'x')
 
 
 def test_models_and_data_sets_of_other_packages_may_read_anything(file, monkeypatch):

@@ -1,7 +1,6 @@
 """``cea study``: networks against the paper's ablations, alike in data and steps."""
 
 import json
-import math
 import shutil
 import signal
 import subprocess
@@ -15,8 +14,6 @@ import yaml
 
 from cea_arch.cli import main
 from cea_arch.errors import UserError
-from cea_arch.files import as_json
-from cea_arch.metrics.study_tables import interval, merged, tables
 from cea_arch.networks import CEAIR
 from cea_arch.training import study, study_variants
 from cea_arch.training.options import read_options
@@ -204,59 +201,6 @@ def test_silencing_is_told_in_decibels():
     assert found['x'] == found['mean'] < 0
 
 
-def a_run(variant, seed, psnr, **more):
-    return {'variant': variant, 'seed': seed, 'core_seconds': 1800, 'psnr': {'rain': psnr}} | more
-
-
-def test_the_tables_pair_seeds():
-    runs = [a_run('none', seed, value) for seed, value in enumerate((20.0, 22.0, 24.0))]
-    runs += [a_run('cea', 0, 21.0, ablated={'rain': -1.0}), a_run('cea', 1, 24.0, ablated={'rain': -3.0})]
-    variants = {'none': {'parameters': 1000, 'steps': 5}, 'cea': {'parameters': 999, 'steps': 5}}
-    lines = tables({'reference': 'cea', 'variants': variants, 'runs': runs}).splitlines()
-    assert lines[:4] == [
-        '| variant | parameters | steps | core-hours | seeds | rain |',
-        '|---|---|---|---|---|---|',
-        '| none | 1,000 | 5 | 0.50 | 3 | 22.00 ± 2.00 |',
-        '| cea | 999 | 5 | 0.50 | 2 | 22.50 ± 2.12 |',
-    ]
-    assert '| none | 2 | +1.50 ± 6.35 |' in lines  # t of one degree of freedom, 12.71, times 0.5
-    assert '| cea | 2 | -2.00 ± 1.41 |' in lines
-
-
-def test_studies_of_one_recipe_come_into_one_table():
-    sizes = {'parameters': 1000, 'steps': 5, 'network_g': {'type': 'CEAIR', 'dim': 8}}
-
-    def one(recipe, *runs):
-        runs = [run | {'recipe': recipe} for run in runs]
-        return {'study': 's', 'reference': 'cea', 'variants': {run['variant']: sizes for run in runs}, 'runs': runs}
-
-    here = one(1, a_run('none', 0, 20.0), a_run('cea', 0, 21.0))
-    there = one(1, a_run('none', 1, 20.0), a_run('cea', 1, 22.0), a_run('cea', 0, 99.0), a_run('static', 1, 19.0))
-    other = one(2, a_run('none', 0, 20.0))
-    whole, alone = merged([here, there, other])
-    assert [(run['variant'], run['seed']) for run in whole['runs']] == [
-        ('none', 0),
-        ('cea', 0),
-        ('none', 1),
-        ('cea', 1),
-        ('static', 1),
-    ]
-    assert list(whole['variants']) == ['none', 'cea', 'static']
-    assert '| none | 2 | +1.50 ± 6.35 |' in tables(whole)
-    assert alone == other
-    assert len(here['runs']) == 2
-    for run in whole['runs']:
-        run['network_g'] = {}
-    there['variants']['none'] = sizes | {'network_g': {'type': 'CEAIR', 'dim': 12}}
-    with pytest.raises(UserError, match=r'variant none is another network .*: network_g.dim: 12 \(was 8\)'):
-        merged([here, there])
-
-
-def test_intervals_are_students():
-    mean, half = interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert (mean, half) == (3.0, pytest.approx(2.776445 * 1.5811388 / 5**0.5))
-
-
 def test_other_validation_sets_and_metrics_are_scored_without_training(workplace):
     folder, opt = workplace
     opt['train']['total_iter'] = 2
@@ -303,22 +247,6 @@ def test_a_network_that_was_changed_is_trained_again_or_refused(workplace, capsy
     assert first[1] != second[1]  # parameters
     assert first[4] == second[4] == '1'  # seeds
     assert float((folder / 'experiments/run[1]_study/run[1]_cea_s0.seconds').read_text()) > 0
-
-
-def test_a_training_that_gave_no_numbers_is_told(workplace, capsys):
-    folder, _ = workplace
-    (folder / 'a.json').write_text(
-        as_json({'reference': 'cea', 'variants': {}, 'runs': [a_run('none', 0, math.nan), a_run('cea', 0, 21.0)]})
-    )
-    content = json.loads((folder / 'a.json').read_text())
-    content['variants'] = {name: {'parameters': 10, 'steps': 5, 'network_g': {}} for name in ('none', 'cea')}
-    (folder / 'a.json').write_text(json.dumps(content))
-    assert main(['report', 'a.json']) == 0
-    said = capsys.readouterr().out
-    assert '| none | 10 | 5 | 0.50 | 1 | nan |' in said
-    assert '| none | 1 | +nan |' in said
-    assert main(['report', 'a.json', 'none.json']) == 2
-    assert 'none.json cannot be read: No such file' in capsys.readouterr().err
 
 
 def test_a_run_that_ended_while_it_was_scored_is_not_done(tmp_path):
