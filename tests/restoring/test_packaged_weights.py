@@ -19,9 +19,10 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 SIDE = 224  # pixels
 UNSOLVED = {  # what the card says these weights get wrong: without its own knowledge nobody could tell
-    'pale photograph': ('clean', 'jpeg 20', 'jpeg 40'),  # haze over the whole picture looks so
-    'stars': ('clean', 'noise 5', 'noise 15', 'jpeg 20', 'jpeg 40'),  # as snow at night does
-    'dark photograph': ('noise 5', 'noise 15'),  # as dark as low light leaves it
+    'photograph': ('noise 15',),  # much of it is as dark as low light leaves it
+    'grey photograph': ('noise 15',),
+    'pale photograph': ('clean',),  # haze over the whole picture looks so
+    'stars': ('clean', 'noise 5', 'noise 15'),  # as low light and its noise do
 }
 
 
