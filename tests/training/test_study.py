@@ -163,7 +163,7 @@ def test_a_study_that_is_stopped_says_how_far_it_came(workplace, capsys):
     log = folder / 'experiments/run_study/run_none_s0.log'
     while not (log.is_file() and 'iter:       1' in log.read_text()):
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(getattr(signal, 'SIGHUP', signal.SIGTERM))  # a closed terminal
     said = process.communicate(timeout=120)[1]
     assert (process.returncode, 'failed' in said) == (1, False), said
     assert '0 of 2 trainings are done; the same command goes on.' in said
