@@ -32,9 +32,8 @@ def report(args: argparse.Namespace) -> None:
     study_tables = importlib.import_module('cea_arch.metrics.study_tables')
     studies = {path: content for path in args.results if (content := study_tables.read_study(path))}
     if studies:
-        if others := [path for path in args.results if path not in studies] or args.published:
-            for path in others if isinstance(others, list) else []:
-                comparison.read_results(path)  # for its error, if it is none either
+        others = [comparison.read_results(path) for path in args.results if path not in studies]
+        if others or args.published:
             raise UserError(f'{next(iter(studies))} is a study.json, which only others of its kind may stand beside.')
         print('\n'.join(map(study_tables.tables, study_tables.merged([*studies.values()]))), end='')
         return

@@ -80,11 +80,9 @@ class Trainings:
         write_options(opt, file, f'cea study -opt {opt.file}: {run.variant.name}, seed {run.seed}')
         if self.stopped.is_set() or time.monotonic() > self.end:
             return None
-        stale = [file.with_suffix('.json')]  # what was found out about the run, and its time where it begins anew
-        if not [*run.folder(self.root).glob('training_states/*.state')]:
-            stale.append(file.with_suffix('.seconds'))
-        for old in stale:
-            old.unlink(missing_ok=True)
+        file.with_suffix('.json').unlink(missing_ok=True)  # what was found out about the run
+        if not any(run.folder(self.root).glob('training_states/*.state')):  # it begins anew
+            file.with_suffix('.seconds').unlink(missing_ok=True)
         command = [sys.executable, '-m', 'cea_arch.train', '-opt', str(file), '--root', self.root, '--auto_resume']
         print(f'{run.name}: training', file=sys.stderr)
         with file.with_suffix('.log').open('a') as log:
