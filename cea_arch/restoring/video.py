@@ -81,8 +81,10 @@ def av() -> Any:
 @contextmanager
 def _opened(source: Path) -> Iterator[Any]:
     try:
+        # bytes that are no UTF-8 stay as they are; PyAV 19 does so by itself
+        odd = {'metadata_errors': 'surrogateescape'} if int(av().__version__.split('.')[0]) < 19 else {}
         # its whole path: FFmpeg takes `12:30.mp4` for an address
-        with av().open(str(source.absolute()), metadata_errors='surrogateescape') as clip:
+        with av().open(str(source.absolute()), **odd) as clip:
             if not clip.streams.video:
                 raise UserError(f'{source} has no pictures.')
             if clip.streams.video[0].format is None:
@@ -231,7 +233,7 @@ class _Transcoding:
 
 def _matrix(frame: Any) -> np.ndarray:
     """How a player shows the frame: the upper left of its display matrix, rounded to whole numbers."""
-    data = next((side for side in frame.side_data if side.type.name == 'DISPLAYMATRIX'), None)
+    data = frame.side_data.get('DISPLAYMATRIX')
     if data is None:
         return np.eye(2, dtype=int)
     matrix = np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2] / 2**16
