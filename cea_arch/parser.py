@@ -214,6 +214,8 @@ def _add_restore(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         '--strength', type=float, default=1.0, help='0 is the input, 1 the result, between them a blend (default: 1)'
     )
+    text = 'keep light, contrast and colours, restore details alone: for pictures without haze and low light'
+    command.add_argument('--keep-tones', action='store_true', help=text)
     text = 'first let the probes follow each picture for N steps: for noise unlike the training, not for light or haze'
     command.add_argument('--adapt', type=int, default=0, metavar='N', help=text)
     command.add_argument('--compare', action='store_true', help='also write NAME_compare.png, input and output')

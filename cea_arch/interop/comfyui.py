@@ -34,17 +34,28 @@ class CEARestore:
                 'precision': (list(PRECISIONS),),
                 'conditioning': (list(CONDITIONINGS),),
             },
-            'optional': {'strength': ('FLOAT', {'default': 1.0, 'min': 0.0, 'max': 1.0, 'step': 0.05})},
+            'optional': {
+                'strength': ('FLOAT', {'default': 1.0, 'min': 0.0, 'max': 1.0, 'step': 0.05}),
+                'keep_tones': ('BOOLEAN', {'default': False}),
+            },
         }
 
-    def run(self, image: Tensor, model: str, precision: str, conditioning: str, strength: float = 1.0) -> tuple[Tensor]:
+    def run(
+        self,
+        image: Tensor,
+        model: str,
+        precision: str,
+        conditioning: str,
+        strength: float = 1.0,
+        keep_tones: bool = False,
+    ) -> tuple[Tensor]:
         """Restore a batch ``(B, H, W, C)`` in [0, 1], C 3 or 4; of the same shape unless the network enlarges.
 
         Raises:
             UserError: As :class:`cea_arch.Restorer`; ComfyUI shows it at the node.
         """
         restorer = load(model, precision=precision, conditioning=conditioning)
-        restorer.strength = strength
+        restorer.strength, restorer.keep_tones = strength, keep_tones
         pictures = [torch.from_numpy(restore(one.cpu().numpy(), restorer)) for one in image]
         return (torch.stack(pictures),)
 

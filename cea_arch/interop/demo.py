@@ -65,8 +65,8 @@ def build_page(restorer: Restorer, folder: Path) -> Any:
     os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'  # read at import, too
     gradio = need('gradio', 'demo', 'the page')
 
-    def answer(path: str | None, tasks: list[str], seed: int, strength: float) -> tuple:
-        restorer.strength = strength
+    def answer(path: str | None, tasks: list[str], seed: int, strength: float, keep_tones: bool) -> tuple:
+        restorer.strength, restorer.keep_tones = strength, keep_tones
         try:
             before, after, maps, file = restore_upload(restorer, path, tasks, int(seed or 0), folder)
         except UserError as error:
@@ -82,13 +82,14 @@ def build_page(restorer: Restorer, folder: Path) -> Any:
                 tasks = gradio.CheckboxGroup(CHOICES, label='degrade it first, by any mixture')
                 seed = gradio.Number(0, precision=0, label='another number, another degradation')
                 strength = gradio.Slider(0, 1, 1, label='strength: 0 is the picture as it is')
+                keep_tones = gradio.Checkbox(label='keep its tones: neither haze nor low light is at fault')
                 start = gradio.Button('Restore', variant='primary', elem_id='restore')
             with gradio.Column(scale=2):
                 slider = gradio.ImageSlider(label='before | after', elem_id='result', interactive=False)
                 file = gradio.DownloadButton('Download', interactive=False, elem_id='download')
                 gradio.Markdown(MAPS_NOTE)
                 maps = gradio.Image(show_label=False, buttons=['fullscreen'], interactive=False, elem_id='maps')
-        start.click(answer, [picture, tasks, seed, strength], [slider, maps, file])
+        start.click(answer, [picture, tasks, seed, strength, keep_tones], [slider, maps, file])
     return page
 
 

@@ -88,6 +88,7 @@ def _restorer(args: argparse.Namespace) -> Restorer:
         strength=args.strength,
         network_g=args.network_g,
         adapt=args.adapt,
+        keep_tones=args.keep_tones,
     )
     if restorer.device.type == 'cpu':
         restorer.threads = ThreadChooser()

@@ -12,13 +12,13 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cea_arch.errors import Notice, UserError
 from cea_arch.files import PACKAGED_WEIGHTS
 from cea_arch.layers.whole_image import WholeImage
 from cea_arch.networks.from_file import load_network
 from cea_arch.restoring.adapting import adapted
+from cea_arch.restoring.blending import blended
 from cea_arch.restoring.fitting import Fit, find_fit
 from cea_arch.restoring.maps import RoutingMaps
 from cea_arch.restoring.tiling import (
@@ -71,6 +71,8 @@ class Restorer:
         strength: What comes out is so much of the result and else the input: 0 is the input, 1 the result.
         network_g: Options of the network in the file ``model``, where it does not say them.
         adapt: Steps in which the probes' queries follow each picture first, see :mod:`cea_arch.restoring.adapting`.
+        keep_tones: Whether light, contrast and colours stay as the picture has them and details alone are restored, see
+            :func:`cea_arch.restoring.blending.with_tones_of`: for pictures that neither haze nor low light has spoilt.
 
     Attributes:
         maps: A :class:`cea_arch.restoring.maps.RoutingMaps` of the network, to be filled by each call; none by default.
@@ -92,6 +94,7 @@ class Restorer:
         strength: float = 1.0,
         network_g: Mapping[str, Any] | None = None,
         adapt: int = 0,
+        keep_tones: bool = False,
     ) -> None:
         for name, value, known in (
             ('precision', precision, PRECISIONS),
@@ -116,6 +119,7 @@ class Restorer:
         self.progress = progress
         self.strength = strength
         self.adapt = adapt
+        self.keep_tones = keep_tones
         self.maps: RoutingMaps | None = None
         self.threads: ThreadChooser | None = None
 
@@ -222,14 +226,7 @@ class Restorer:
             warnings.warn('this precision gave numbers that are not finite: going on in fp32.', Notice, stacklevel=4)
             self.dtype = torch.float32
             restored = self._forward(x.to(self.device))
-        return self._blended(x, restored.cpu())
-
-    def _blended(self, x: Tensor, restored: Tensor) -> Tensor:
-        if self.strength == 1:
-            return restored
-        if restored.shape != x.shape:
-            x = F.interpolate(x, size=restored.shape[-2:], mode='bicubic', align_corners=False).clamp(0, 1)
-        return torch.lerp(x, restored.clamp(0, 1), self.strength)
+        return blended(x, restored.cpu(), self.strength, self.keep_tones)
 
     def _forward(self, x: Tensor) -> Tensor:
         timed = self.threads.piece(x.numel()) if self.threads else nullcontext()

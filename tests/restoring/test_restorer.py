@@ -95,7 +95,7 @@ def test_strength_blends_result_and_input(small_net, dtype, channels, tile):
         assert np.array_equal(restored(0.25)[..., 3], image[..., 3])
 
 
-def test_strength_at_the_command_line(small_net, model, tmp_path, capsys):
+def test_strength_and_tones_at_the_command_line(small_net, model, tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 65536, (40, 50, 3)).astype(np.uint16)
     write_picture(tmp_path / 'a.png', Picture(pixels, 'PNG'))
     for strength in ('0', '0.5'):
@@ -113,8 +113,58 @@ def test_strength_at_the_command_line(small_net, model, tmp_path, capsys):
     assert np.array_equal(read_picture(tmp_path / '0' / 'a.png').pixels, pixels)
     half = cea_arch.restore(pixels, small_net, device='cpu', strength=0.5)
     assert np.array_equal(read_picture(tmp_path / '0.5' / 'a.png').pixels, half)
+    kept = ['restore', str(tmp_path / 'a.png'), '-m', model, '-o', str(tmp_path / 'kept'), '--keep-tones']
+    assert main(kept) == 0
+    expected = cea_arch.restore(pixels, small_net, device='cpu', keep_tones=True)
+    assert np.array_equal(read_picture(tmp_path / 'kept' / 'a.png').pixels, expected)
     assert main(['restore', str(tmp_path / 'a.png'), '-m', model, '--strength', '2']) == 2
     assert 'strength must be from 0' in capsys.readouterr().err
+
+
+class Constant(nn.Module):
+    """A network whose output is known."""
+
+    def __init__(self, image):
+        super().__init__()
+        self.image = torch.from_numpy(image).permute(2, 0, 1)[None]
+
+    def forward(self, x):
+        return self.image.to(x) if x.shape == self.image.shape else x
+
+
+class Brightened(nn.Module):
+    """As if the picture were a dark and hazy one."""
+
+    def forward(self, x):
+        return (1.6 * (x - 0.15)).clamp(0, 1) ** 0.7
+
+
+@pytest.mark.parametrize('tile', [0, 128])
+def test_tones_are_kept(photograph, tile):
+    image = np.ascontiguousarray(photograph[:160, :180])
+    changed, kept, half = (
+        cea_arch.restore(image, Brightened(), device='cpu', tile=tile, **options).astype(float)
+        for options in ({}, {'keep_tones': True}, {'keep_tones': True, 'strength': 0.5})
+    )
+    assert np.abs(changed - image).mean() > 20
+    assert np.abs(kept - image).mean() < 3
+    assert np.abs(kept.mean((0, 1)) - image.mean((0, 1))).max() < 0.5
+    np.testing.assert_allclose(half, (kept + image) / 2, atol=1)
+    assert np.array_equal(cea_arch.restore(image, nn.Identity(), device='cpu', tile=tile, keep_tones=True), image)
+
+
+def test_details_are_restored_where_tones_are_kept(photograph):
+    clean = photograph[:96, :120] / np.float32(255)
+    noisy = (clean + np.random.default_rng(0).normal(0, 0.1, clean.shape)).clip(0, 1).astype(np.float32)
+    restored = cea_arch.restore(noisy, Constant(clean**0.7), device='cpu', keep_tones=True)
+    assert np.square(restored - clean).mean() < 0.1 * np.square(noisy - clean).mean()
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (5, 40, 3), (20, 3, 4)])
+def test_tones_of_small_and_enlarged_pictures(shape):
+    image = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    out = cea_arch.restore(image, nn.Upsample(scale_factor=2), device='cpu', keep_tones=True)
+    assert out.shape == (2 * shape[0], 2 * shape[1], *shape[2:])
 
 
 def test_strength_of_networks_that_enlarge(photograph):
