@@ -9,20 +9,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from basicsr.utils.registry import LOSS_REGISTRY
+from basicsr.models.base_model import BaseModel
+from basicsr.utils.registry import LOSS_REGISTRY, MODEL_REGISTRY
 from torch import nn
 
-from cea_arch.errors import UserError
+from cea_arch.errors import UserError, lookup, told
 from cea_arch.metrics.protocols import score
 from cea_arch.models.training_step import build_optimizer, checkpoint_activations
 from cea_arch.restoring.maps import RoutingMaps
+from cea_arch.rules import is_foreign
 
 IMAGE, PATCH = 192, 32  # pixels; NIQE looks at blocks of 96
 OFFLINE = ('offline', 'disabled', 'dryrun')  # of WANDB_MODE
 
 
 def rehearse(opt: dict[str, Any], network: nn.Module) -> None:
-    """Try the device, and of :class:`CEAModel` metrics, maps, losses, optimizer, checkpoints of activations and wandb.
+    """Try device and optimizers; of :class:`CEAModel` metrics, maps, losses, checkpoints of activations, wandb too.
 
     Args:
         opt: Options, as BasicSR parsed them.
@@ -34,6 +36,8 @@ def rehearse(opt: dict[str, Any], network: nn.Module) -> None:
     device = opt.get('device', 'cpu') if opt['num_gpu'] == 0 else 'cpu'
     _try('device', lambda: torch.zeros(1, device=device))
     if opt['model_type'] != 'CEAModel':
+        if opt['is_train']:
+            _rehearse_optimizers(opt)
         return
     images = dict(zip(('restored', 'clean'), np.random.default_rng(0).random((2, IMAGE, IMAGE, 3), np.float32)))
     for name, options in (opt['val'].get('metrics') or {}).items():
@@ -77,6 +81,20 @@ def _rehearse_training(train: dict[str, Any], network: nn.Module) -> None:
     checkpoint_activations(network, train.get('checkpoint_activations', False))
 
 
+def _rehearse_optimizers(opt: dict[str, Any]) -> None:
+    """Of a model that leaves them to BasicSR, which builds them from ``optim_g``, ``optim_d`` and the like."""
+    model = lookup(MODEL_REGISTRY, opt['model_type'], 'model_type')
+    if model.get_optimizer is not BaseModel.get_optimizer or is_foreign(model.setup_optimizers):
+        return
+
+    def build(options: dict[str, Any]) -> None:
+        options = dict(options)
+        model.get_optimizer(None, options.pop('type'), [nn.Parameter(torch.ones(2))], **options)
+
+    for key in [key for key in opt['train'] if key.startswith('optim_')]:
+        _try(f'train.{key}', build, opt['train'][key])
+
+
 def _backward(options: dict[str, Any], of_two: bool) -> None:
     """Take the gradient of a loss, which gives a number, or of content and style two."""
     restored, clean = torch.rand(2, 1, 3, PATCH, PATCH)
@@ -111,7 +129,4 @@ def _try(label: str, call: Callable, *arguments: Any, doing: str = '') -> Any:
     except UserError:
         raise
     except Exception as error:  # of any library
-        text = str(error).strip().splitlines() or ['']
-        raise UserError(
-            f'{label} cannot be used{" " * bool(doing)}{doing}: {type(error).__name__}: {text[0]}', label
-        ) from error
+        raise UserError(f'{label} cannot be used{" " * bool(doing)}{doing}: {told(error)}', label) from error

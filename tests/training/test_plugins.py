@@ -117,6 +117,19 @@ def test_what_a_model_reads_of_the_network_must_be_there(capsys):
     assert not Path('experiments').exists()
 
 
+def test_optimizers_that_a_model_of_others_leaves_to_basicsr_are_tried_first(capsys):
+    train = yaml.safe_load(Path(options()).read_text())['train']
+    for change, said in (
+        ({'type': 'Lion'}, 'train.optim_g cannot be used: NotImplementedError: optimizer Lion is not'),
+        ({'nothing': 1}, 'train.optim_g cannot be used: TypeError: Adam.__init__() got an unexpected keyword'),
+    ):
+        changed = train | {'optim_g': train['optim_g'] | change}
+        assert main(['train', '-opt', options(train=changed)]) == 2
+        assert said in (found := capsys.readouterr().err)
+        assert len(found.splitlines()) == 1
+        assert not Path('experiments').exists()
+
+
 def test_a_first_step_that_fails_is_a_sentence(capsys):
     broken = {'type': 'StandInNet', 'window_size': 5}
     assert main(['check', '-opt', options(network_g=broken)]) == 2
