@@ -3,7 +3,7 @@
 import difflib
 import importlib
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +11,7 @@ PLUGINS = (
     "If it is another package's, name what registers it, a module or a file: `--plugin MODULE`, or `plugins: [MODULE]` "
     'in the option file.'
 )
+MOST_SAID = 12  # of several mistakes
 _PASSED = ('<frozen', str(Path(__file__).parent), str(Path(importlib.__file__).parent))  # their lines tell nothing
 
 
@@ -25,6 +26,22 @@ class UserError(ValueError):
     def __init__(self, message: str, label: str | None = None) -> None:
         super().__init__(message)
         self.label = label
+
+
+class UserErrors(UserError):
+    """Several mistakes at once, a line each."""
+
+    def __init__(self, each: Sequence[UserError]) -> None:
+        shown = [str(error) for error in each[:MOST_SAID]]
+        more = [f'and {len(each) - MOST_SAID} more.'] if len(each) > MOST_SAID else []
+        super().__init__('\n  '.join([f'{len(each)} mistakes:', *shown, *more]), each[0].label)
+        self.each = each
+
+
+def raise_all(mistakes: Sequence[UserError]) -> None:
+    """Raise what there is: nothing, one, or several as one."""
+    if mistakes:
+        raise UserErrors(mistakes) if len(mistakes) > 1 else mistakes[0]
 
 
 class Notice(UserWarning):

@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
-from cea_arch.errors import UserError, suggest
+from cea_arch.errors import UserError, raise_all, suggest
 
 Rule = dict[str, Any]
 TEXT: Rule = {'type': 'string'}
@@ -162,43 +162,55 @@ class Checker:
         self.passed_over: list[str] = []
 
     def check(self, value: Any, rule: Rule, label: str) -> None:
-        """Raise UserError if ``value`` breaks ``rule``; it names ``label``, what was expected and what was found."""
+        """Raise UserError if ``value`` breaks ``rule``; it names ``label``, what was expected and what was found.
+
+        Where it does so in several places they are :class:`UserErrors`.
+        """
+        mistakes: dict[str | None, UserError] = {}
+        for error in self._mistakes(value, rule, label):
+            mistakes.setdefault(error.label, error)
+        raise_all(list(mistakes.values()))
+
+    def _mistakes(self, value: Any, rule: Rule, label: str) -> Iterator[UserError]:
         rule = self._resolve(rule)
         choices = [self._resolve(choice) for choice in rule.get('anyOf', [rule])]
         fitting = next((choice for choice in choices if _fits(value, choice)), None)
         if fitting is None:
-            raise UserError(f'{label or "the option file"}{_complaint(value, choices)}', label)
-        if isinstance(value, (list, tuple)):
+            yield UserError(f'{label or "the option file"}{_complaint(value, choices)}', label)
+        elif isinstance(value, (list, tuple)):
             for place, item in enumerate(value):
-                self.check(item, fitting.get('items', ANY), f'{label}[{place}]')
+                yield from self._mistakes(item, fitting.get('items', ANY), f'{label}[{place}]')
         elif isinstance(value, dict):
-            self._check_section(value, fitting, label)
+            yield from self._mistakes_of_section(value, fitting, label)
 
     def _resolve(self, rule: Rule) -> Rule:
         return self.definitions[rule['$ref'].rpartition('/')[2]] | rule if '$ref' in rule else rule
 
-    def _check_section(self, value: dict[str, Any], rule: Rule, label: str) -> None:
+    def _mistakes_of_section(self, value: dict[str, Any], rule: Rule, label: str) -> Iterator[UserError]:
         known, others = rule.get('properties', {}), rule.get('additionalProperties', True)
         prefix = f'{label}.' if label else ''
         patterns = rule.get('patternProperties', {}) | ({'': others} if isinstance(others, dict) else {})
+        wrong: list[str] = []
         if not others:
             unknown = [key for key in value if key not in known and _matching(key, patterns) is None]
             harmless = [key for key in unknown if key in self.unread.get(label.partition('.')[0], ())]
             self.passed_over += [f'{prefix}{key}' for key in harmless]
-            for key in [key for key in unknown if key not in harmless][:1]:
+            wrong = [key for key in unknown if key not in harmless]
+            for key in wrong:
                 said, home = f'{label or "options"}: unknown key {key!r}', self.homes.get(key)
-                if 'description' in rule:
-                    raise UserError(f'{said}: {rule["description"]}.', f'{prefix}{key}')
                 hint = f' It belongs in {home}.' if home and home != label else suggest(key, sorted(known))
-                raise UserError(f'{said}.{hint} Known: {", ".join(sorted(known))}.', f'{prefix}{key}')
-        for key in rule.get('required', ()):
+                words = f'.{hint} Known: {", ".join(sorted(known))}.' if key is wrong[0] else f'.{hint}'
+                words = f': {rule["description"]}.' if 'description' in rule else words
+                yield UserError(f'{said}{words}', f'{prefix}{key}')
+        for key in () if wrong else rule.get('required', ()):  # what is missing may be there under a wrong name
             if value.get(key) is None:
-                raise UserError(f'{prefix}{key} is missing.', f'{prefix}{key}')
+                yield UserError(f'{prefix}{key} is missing.', f'{prefix}{key}')
         for key, item in value.items():
-            self.check(item, known[key] if key in known else _matching(key, patterns) or ANY, f'{prefix}{key}')
+            found = known[key] if key in known else _matching(key, patterns) or ANY
+            yield from self._mistakes(item, found, f'{prefix}{key}')
         for case in rule.get('allOf', ()):
             if all(value.get(key) == choice['const'] for key, choice in case['if']['properties'].items()):
-                self._check_section(value, case['then'], label)
+                yield from self._mistakes_of_section(value, case['then'], label)
 
 
 def describe(rule: Rule) -> str:

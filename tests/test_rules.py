@@ -52,3 +52,13 @@ def test_rules_by_type():
     ):
         with pytest.raises(UserError, match=message):
             Checker().check(copy.deepcopy(value), rule, 'x')
+
+
+def test_of_many_mistakes_some_are_said_and_the_others_counted():
+    with pytest.raises(UserError) as caught:
+        Checker().check(dict.fromkeys('abcdefghijklmno', 'x'), {'type': 'object', 'additionalProperties': whole()}, '')
+    said = str(caught.value).splitlines()
+    assert said[0] == '15 mistakes:'
+    assert said[1] == "  a must be a whole number of at least 1, got 'x'."
+    assert said[-1] == '  and 3 more.'
+    assert len(said) == 14

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from cea_arch.errors import UserError, suggest
+from cea_arch.errors import UserError, UserErrors, suggest
 from cea_arch.files import written_beside
 from cea_arch.plugins import load_plugins, loaded_plugins
 
@@ -74,10 +74,13 @@ class Options(dict):
         """Let errors about an option begin with the file and line, or the setting, that said it."""
         try:
             yield
+        except UserErrors as error:
+            raise UserErrors([self._placed(each) for each in error.each]) from error
         except UserError as error:
-            if error.label is None:
-                raise
-            raise UserError(f'{self.place(error.label)}: {error}') from error
+            raise self._placed(error) from error
+
+    def _placed(self, error: UserError) -> UserError:
+        return error if error.label is None else UserError(f'{self.place(error.label)}: {error}')
 
     def place(self, label: str) -> str:
         """Of the option, or of the section around it that was said."""

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from cea_arch import distributed
 from cea_arch.checkpoints import check_fit, read_checkpoint, weights_of
-from cea_arch.errors import Notice, UserError, lookup, told
+from cea_arch.errors import Notice, UserError, lookup, raise_all, told
 from cea_arch.metrics.protocols import find_protocol
 from cea_arch.networks.with_cea import NetworkOptions, WithCEA, holds_layers_alone
 from cea_arch.rules import Checker, section
@@ -59,7 +59,7 @@ def read_options(path: str, settings: list[str] | None = None, force_yml: list[s
         The options with ``DEFAULTS``, and the metrics and crops that ``val.protocol`` stands for.
 
     Raises:
-        UserError: Names the first line, key or setting at fault, what was expected and what was found.
+        UserError: Names each line, key or setting at fault, what was expected and what was found.
     """
     opt = load_options(path)
     _fill(opt)
@@ -123,10 +123,8 @@ def check_options(opt: dict[str, Any], may_miss: bool = False) -> Parts:
         if not may_miss:
             raise UserError(f'num_gpu is {opt["num_gpu"]}, but {gpus} are here; num_gpu: 0 runs on the CPU.', 'num_gpu')
         missing['num_gpu'] = f'{opt["num_gpu"]}, of which {gpus} are here'
-    if missing and not may_miss:
-        label, name = next(iter(missing.items()))
-        kind = 'folder' if label.startswith('datasets.') else 'file'
-        raise UserError(f'{label}: {kind} {name!r} does not exist (looked for {Path(name).absolute()}).', label)
+    if not may_miss:
+        raise_all(_absences(missing))
     if not opt['path'].get('pretrain_network_g') and not opt['is_train']:
         raise UserError('path.pretrain_network_g is missing: without it, untrained weights would be tested.', 'path')
     if opt['is_train']:
@@ -225,6 +223,16 @@ def _missing(opt: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
     for name in ('datasets', 'path', *(key for key in opt if key.startswith('network_'))):
         yield from walk(opt[name], name)
+
+
+def _absences(missing: dict[str, str]) -> list[UserError]:
+    """One for each file or folder, by the first option that names it."""
+    found: dict[str, UserError] = {}
+    for label, name in missing.items():
+        kind = 'folder' if label.startswith('datasets.') else 'file'
+        said = f'{label}: {kind} {name!r} does not exist (looked for {Path(name).absolute()}).'
+        found.setdefault(name, UserError(said, label))
+    return list(found.values())
 
 
 def build_network(options: dict[str, Any], label: str, missing: dict[str, str] | None = None) -> nn.Module:

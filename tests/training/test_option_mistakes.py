@@ -12,6 +12,7 @@ from cea_arch.errors import UserError
 from cea_arch.training.option_files import OptionDumper, OptionLoader
 from cea_arch.training.option_rules import options_schema
 from cea_arch.training.options import read_options
+from tests.conftest import ROOT
 
 # what is written instead of what in the file below, and what is said about it
 FILE = """\
@@ -276,6 +277,46 @@ def test_every_basicsr_model_and_dataset_takes_its_documented_keys():
     datasets = {case['if']['properties']['type']['const']: case['then'] for case in cases}
     assert {'meta_info_file', 'filename_tmpl', 'mean'} <= datasets['PairedImageDataset']['properties'].keys()
     assert {'val_partition', 'num_frame'} <= datasets['REDSDataset']['properties'].keys()
+
+
+def test_all_mistakes_are_said_at_once_each_by_its_line(tmp_path):
+    file = tmp_path / 'o.yml'
+    file.write_text(
+        f'inherits: {ROOT / "options/cea_demo.yml"}\n'
+        'train:\n'
+        '  total_iters: 5\n'
+        '  optim_g: {lr: -1}\n'
+        '  pixel_opt: {type: L1Losss}\n'
+        'val: {val_freqq: 3, more: 2}\n'
+    )
+    with pytest.raises(UserError) as caught:
+        read_options(str(file), ['logger.print_freq=x'])
+    said = str(caught.value).splitlines()
+    assert said[0] == '6 mistakes:'
+    for line, (place, words) in zip(
+        said[1:],
+        [
+            ('line 3', "unknown key 'total_iters'. Did you mean 'total_iter'? Known: accumulate"),
+            ('line 4', 'train.optim_g.lr must be a number above 0, got -1.'),
+            ('line 5', "'L1Losss'. Did you mean 'L1Loss'?"),
+            ('line 6', "val: unknown key 'val_freqq'. Did you mean 'val_freq'? Known: "),
+            ('line 6', "val: unknown key 'more'."),
+            ('logger.print_freq=x', "logger.print_freq must be a whole number of at least 1, got 'x'."),
+        ],
+        strict=True,
+    ):
+        assert place in line
+        assert words in line
+
+
+def test_all_folders_that_are_not_there_are_said_at_once_each_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(['train', '-opt', str(ROOT / 'options/cea_aio5.yml'), '--set', 'num_gpu=0']) == 2
+    first, *said, last = capsys.readouterr().err.splitlines()
+    folders = [line.split("folder '")[1].split("'")[0] for line in said]
+    assert len(folders) == len(set(folders))
+    assert first == f'cea train: {len(folders) + int(last.split()[1])} mistakes:'
+    assert all(' does not exist (looked for ' in line for line in said)
 
 
 def test_models_and_data_sets_of_other_packages_may_read_anything(file, monkeypatch):
