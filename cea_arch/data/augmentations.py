@@ -17,7 +17,7 @@ from cea_arch.rules import Rule, list_of, number, section
 _SHARE = number(minimum=0, maximum=1)
 _RANGE = list_of(number(exclusiveMinimum=0), 2, 2)
 AUGMENT_RULE: Rule = section(
-    dict.fromkeys(('drawn', 'channels', 'grey', 'tone', 'fade', 'soft'), _SHARE)
+    dict.fromkeys(('drawn', 'channels', 'grey', 'tone', 'fade', 'soft', 'crush'), _SHARE)
     | dict.fromkeys(('saturation', 'brightness', 'gamma'), _RANGE)
 )
 LETTERS = 'abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'
@@ -42,6 +42,12 @@ def tone(img: Array, brightness: float, gamma: float) -> Array:
 def fade(img: Array, white: float, share: float) -> Array:
     """Blend towards the grey level ``white`` by ``share``, as fog, glare and old prints do, but meant so."""
     return img + share * (white - img)
+
+
+def crush(img: Array, share: float) -> Array:
+    """Make the darkest ``share`` of the pixels black and keep white: a lit subject before black, as in a studio."""
+    black = min(np.quantile(img @ LUMA, share), 0.7)
+    return np.clip((img - black) / (1 - black), 0, 1)
 
 
 def soft(img: Array, width: float) -> Array:
@@ -104,13 +110,14 @@ def augment(img: Array, options: Mapping[str, Any], rng: Generator) -> Array:
         options: By name, shares of samples: ``channels`` get their channels in another order, ``grey`` become grey,
             ``tone`` get another saturation, brightness and gamma, log-uniform in the ranges ``saturation``,
             ``brightness`` and ``gamma`` (no range, no change); ``fade`` are faded by 0.2 to 0.7 towards 0.6 to 1;
-            ``soft`` are blurred by 0.4 to 1.2 pixels; ``drawn`` give way to a :func:`drawing`.
+            ``crush`` get 20 to 70 % of their pixels black; ``soft`` are blurred by 0.4 to 1.2 pixels; ``drawn`` give
+            way to a :func:`drawing`.
         rng: Source of all randomness.
     """
     if rng.random() < options.get('drawn', 0):
         return drawing(img.shape, rng)
-    reordered, greyed, toned, faded, softened = (
-        rng.random() < options.get(name, 0) for name in ('channels', 'grey', 'tone', 'fade', 'soft')
+    reordered, greyed, toned, faded, softened, crushed = (
+        rng.random() < options.get(name, 0) for name in ('channels', 'grey', 'tone', 'fade', 'soft', 'crush')
     )
     order = rng.permutation(3)
     factors = {
@@ -119,11 +126,13 @@ def augment(img: Array, options: Mapping[str, Any], rng: Generator) -> Array:
     }
     if reordered:
         img = img[..., order]
-    if not (greyed or toned or faded or softened):
+    if not (greyed or toned or faded or softened or crushed):
         return img
     values = img / float(np.iinfo(img.dtype).max)
     if toned:
         values = tone(saturate(values, factors['saturation']), factors['brightness'], factors['gamma'])
+    if crushed:
+        values = crush(values, rng.uniform(0.2, 0.7))
     if faded:
         values = fade(values, rng.uniform(0.6, 1), rng.uniform(0.2, 0.7))
     if softened:

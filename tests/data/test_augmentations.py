@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cea_arch.data.augmentations import augment, drawing, fade, grey, saturate, shrink, soft, tone
+from cea_arch.data.augmentations import augment, crush, drawing, fade, grey, saturate, shrink, soft, tone
 from cea_arch.data.cea_dataset import CEADataset
 from cea_arch.data.degradations import LUMA, camera_noise, chroma_noise, shot_noise
 
@@ -30,6 +30,18 @@ def test_colours_and_tones(rng):
     np.testing.assert_allclose(fade(img, 0.9, 0), img)
     np.testing.assert_allclose(fade(img, 0.9, 1), 0.9)
     assert np.ptp(fade(img, 0.9, 0.5)) == pytest.approx(np.ptp(img) / 2)
+
+
+def test_crushed_pictures_are_black_where_they_were_dark(rng):
+    img = rng.random((20, 30, 1)) * np.linspace(0.6, 1, 3)
+    crushed = crush(img, 0.4)
+    black = crushed.max(2) == 0
+    assert black.mean() == pytest.approx(0.35, abs=0.1)  # of some, a channel is not
+    assert (img @ LUMA)[black].max() < (img @ LUMA)[~black].max()
+    assert (crushed <= img).all()
+    np.testing.assert_allclose(crush(np.ones((4, 4, 3)), 0.5), 1)
+    pale = augment(np.full((8, 8, 3), 230, np.uint8), {'crush': 1}, rng)
+    assert 150 < pale.mean() < 230  # an even area does not vanish
 
 
 def test_soft_pictures_keep_their_tone_and_lose_their_edges():
