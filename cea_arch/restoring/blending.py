@@ -1,5 +1,7 @@
 """What of the network's output is taken, and what of the picture that went in. All tensors RGB, float32, on the CPU."""
 
+import cv2
+import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,6 +37,18 @@ def with_tones_of(x: Tensor, restored: Tensor) -> Tensor:
     covariance = _box(x * restored) - mean_x * mean
     a = (covariance + FLAT) / (_box(restored * restored) - mean * mean + FLAT)
     return _box(a) * restored + _box(mean_x - a * mean)
+
+
+def tones_moved(picture: np.ndarray, restored: np.ndarray) -> float:
+    """By how many levels the light of a restored picture differs from the picture's, of 255, on average over places.
+
+    Args:
+        picture, restored: RGB uint8 ``(H, W, 3)``; seen on a grid of at most 48 places along a side.
+    """
+    high, wide = picture.shape[:2]
+    places = tuple(max(round(48 * side / max(high, wide)), 1) for side in (wide, high))
+    before, after = (cv2.resize(img, places, interpolation=cv2.INTER_AREA) for img in (picture, restored))
+    return float(cv2.absdiff(before, after).mean())
 
 
 def _box(x: Tensor) -> Tensor:

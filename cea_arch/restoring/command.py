@@ -16,6 +16,7 @@ from cea_arch import distributed
 from cea_arch.data.pictures import Picture, picture_size, read_picture
 from cea_arch.errors import UserError
 from cea_arch.files import refuse_to_replace
+from cea_arch.restoring.blending import tones_moved
 from cea_arch.restoring.jobs import Job, Naming, Plan, find_jobs
 from cea_arch.restoring.maps import RoutingMaps, draw_maps
 from cea_arch.restoring.restorer import Restorer, enlarged, restore
@@ -24,6 +25,8 @@ from cea_arch.restoring.video import ENCODERS, clip_size, restore_clip
 from cea_arch.restoring.writing import as_format, as_rgb8, write_picture
 from cea_arch.threads import ThreadChooser
 
+VISIBLE = 15  # levels, of tones that moved; noise, rain and snow alone move them less
+MOST_NAMED = 3
 PATIENCE = 7 * 24 * 3600  # seconds that a process which is done waits for the others
 
 
@@ -43,9 +46,9 @@ def run(args: argparse.Namespace) -> int:
     with _joined_processes():
         with distributed.together():
             restorer = _restorer(args)
-        rank, failures = distributed.rank(), []
-        done = _restore_all(plan.jobs[rank :: distributed.size()], restorer, args, failures)
-        together = distributed.gather((done, failures, str(restorer.device)))
+        rank, failures, moved = distributed.rank(), [], []
+        done = _restore_all(plan.jobs[rank :: distributed.size()], restorer, args, failures, moved)
+        together = distributed.gather((done, failures, str(restorer.device), moved))
     if rank:
         return 0  # the first one answers for all
     done = sum(one[0] for one in together)
@@ -54,24 +57,30 @@ def run(args: argparse.Namespace) -> int:
         print(f'cea restore: {failure}', file=sys.stderr)
     if plan.passed_over:
         print(f'{plan.passed_over} results of earlier runs were passed over.')
+    moved = [] if args.keep_tones else [name for one in together for name in one[3]]
+    if moved:
+        names = ', '.join(moved[:MOST_NAMED]) + (f' and {len(moved) - MOST_NAMED} more' if moved[MOST_NAMED:] else '')
+        print(f'Light or contrast changed visibly: {names}. Where it was meant so, --keep-tones keeps it.')
     devices = ', '.join(dict.fromkeys(one[2] for one in together))
     print(f'{done} restored to {output}, {len(failures)} failed ({devices}).')
     return 1 if failures else 0
 
 
-def restore_file(job: Job, restorer: Restorer, overwrite: bool, compare: bool) -> None:
-    """Restore one picture and write it, and on request the comparison and the maps."""
+def restore_file(job: Job, restorer: Restorer, overwrite: bool, compare: bool) -> float:
+    """Restore one picture and write it, and on request the comparison and the maps; how far its tones moved."""
     for target in _targets(job, compare, bool(restorer.maps)):
         refuse_to_replace(target, overwrite)
     picture = read_picture(job.source)
     restored = restore(picture.pixels, restorer)
     result = replace(picture, pixels=restored)
     write_picture(job.target, as_format(result, job.format) if job.format else result, overwrite)
+    before, after = as_rgb8(picture.pixels), as_rgb8(restored)
     if compare:
-        pair = np.concatenate([enlarged(as_rgb8(picture.pixels), restorer.fit.scale), as_rgb8(restored)], axis=1)
+        pair = np.concatenate([enlarged(before, restorer.fit.scale), after], axis=1)
         write_picture(job.extra('compare'), Picture(pair, 'PNG', picture.icc), overwrite)
     if restorer.maps:
         write_picture(job.extra('maps'), Picture(draw_maps(restorer.maps.maps), 'PNG'), overwrite)
+    return tones_moved(before, after)
 
 
 def _restorer(args: argparse.Namespace) -> Restorer:
@@ -97,8 +106,13 @@ def _restorer(args: argparse.Namespace) -> Restorer:
     return restorer
 
 
-def _restore_all(jobs: list[Job], restorer: Restorer, args: argparse.Namespace, failures: list[str]) -> int:
-    """Restore what can be restored, add to ``failures`` what cannot; returns how many are done."""
+def _restore_all(
+    jobs: list[Job], restorer: Restorer, args: argparse.Namespace, failures: list[str], moved: list[str]
+) -> int:
+    """Restore what can be restored; returns how many are done.
+
+    Adds to ``failures`` what cannot be, and to ``moved`` the pictures whose tones are no longer theirs.
+    """
     done, written = 0, {}
     sizes = [_pixels(job) for job in jobs]
     shown = '{desc}{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}'
@@ -115,7 +129,8 @@ def _restore_all(jobs: list[Job], restorer: Restorer, args: argparse.Namespace, 
                     _restore_clip(job, restorer, args, advance)
                 else:
                     restorer.progress = advance
-                    restore_file(job, restorer, args.overwrite, args.compare)
+                    if restore_file(job, restorer, args.overwrite, args.compare) > VISIBLE:
+                        moved.append(job.target.name)
                 done += 1
             except Exception as error:  # whatever is wrong with one, the others are done
                 failures.append(_said(error, job.source))

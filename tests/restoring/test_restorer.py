@@ -10,6 +10,8 @@ from cea_arch.cli import main
 from cea_arch.data.pictures import Picture, read_picture
 from cea_arch.errors import UserError
 from cea_arch.layers import inject_cea
+from cea_arch.restoring import command
+from cea_arch.restoring.blending import tones_moved
 from cea_arch.restoring.restorer import Restorer, enlarged, restore
 from cea_arch.restoring.writing import write_picture
 
@@ -119,6 +121,30 @@ def test_strength_and_tones_at_the_command_line(small_net, model, tmp_path, caps
     assert np.array_equal(read_picture(tmp_path / 'kept' / 'a.png').pixels, expected)
     assert main(['restore', str(tmp_path / 'a.png'), '-m', model, '--strength', '2']) == 2
     assert 'strength must be from 0' in capsys.readouterr().err
+
+
+def test_pictures_whose_tones_moved_are_named_unless_they_were_to_be_kept(model, tmp_path, capsys, monkeypatch):
+    for number in range(5):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3)).astype(np.uint8)
+        write_picture(tmp_path / 'in' / f'{number}.png', Picture(pixels, 'PNG'))
+    monkeypatch.setattr(command, 'VISIBLE', 0.2)
+    words = ['restore', str(tmp_path / 'in'), '-m', model, '-o', str(tmp_path / 'out'), '--overwrite']
+    assert main(words) == 0
+    said = 'Light or contrast changed visibly: 0.png, 1.png, 2.png and 2 more. Where it was meant so, --keep-tones'
+    assert said in capsys.readouterr().out
+    for more in (['--keep-tones'], ['--strength', '0']):
+        assert main(words + more) == 0
+        assert 'Light' not in capsys.readouterr().out
+
+
+def test_how_far_tones_moved():
+    picture = np.random.default_rng(0).integers(0, 200, (300, 200, 3)).astype(np.uint8)
+    noise = np.random.default_rng(1).integers(-20, 21, picture.shape)
+    assert tones_moved(picture, picture) == 0
+    assert tones_moved(picture, picture + 30) == pytest.approx(30, abs=0.5)
+    assert tones_moved(picture, (picture + noise).clip(0, 255).astype(np.uint8)) < 3
+    assert tones_moved(picture, np.repeat(np.repeat(picture, 2, 0), 2, 1)) < 1
+    assert tones_moved(picture[:1, :1], picture[:1, :1] + 7) == 7
 
 
 class Constant(nn.Module):
