@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from cea_arch.errors import UserError
+from cea_arch.importing import follow_import
 
 # Python runs it when it starts to build basicsr, whose setup.py reads by locals() what exec() has put there; since
 # 3.13 (PEP 667) nothing is put there
@@ -91,23 +92,15 @@ class _ReplacementFinder:
         REPLACEMENTS[module.__name__](module)
 
 
-class _Loader:
-    """Loads basicsr as its own loader does, quietly, and then has what waits for it run."""
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__spec__.loader = module.__loader__ = self.loader
-        with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', message='Please import', category=DeprecationWarning)
-            self.loader.exec_module(module)
-        _keep_moved()
-        for call in _waiting:
-            call()
+@contextmanager
+def _around_basicsr() -> Iterator[None]:
+    """basicsr's import: quietly, and then what waits for it is run."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='Please import', category=DeprecationWarning)
+        yield
+    _keep_moved()
+    for call in _waiting:
+        call()
 
 
 def _keep_moved() -> None:
@@ -120,20 +113,6 @@ def _keep_moved() -> None:
             setattr(old, name, getattr(new, name))
 
 
-class _BasicsrFinder:
-    """Finds basicsr where the others find it, so that its import can be followed."""
-
-    @classmethod
-    def find_spec(cls, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if name != 'basicsr':
-            return None
-        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not cls)
-        spec = next((spec for spec in found if spec is not None), None)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
-        return spec
-
-
 _waiting: list[Callable[[], None]] = []
 
 
@@ -142,7 +121,7 @@ def when_basicsr_is_imported(call: Callable[[], None]) -> None:
     _waiting.append(call)
     if _ReplacementFinder not in sys.meta_path:
         sys.meta_path.append(_ReplacementFinder)
-        sys.meta_path.insert(0, _BasicsrFinder)
+        follow_import('basicsr', _around_basicsr)
     if 'basicsr' in sys.modules:
         _keep_moved()
         call()
