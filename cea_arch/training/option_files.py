@@ -184,7 +184,10 @@ def apply_setting(opt: Options, entry: str, separator: str) -> None:
         else:
             label = f'{label}.{key}' if label else key
         if depth == len(keys) - 1:
-            place[key] = value
+            if value is None and isinstance(place, dict) and key in place:
+                del place[key]  # as in a file that inherits
+            else:
+                place[key] = value
         elif isinstance(place, dict) and not isinstance(place.get(key), (dict, list)):
             hint = suggest(key, place) if key not in place else ''
             raise UserError(f'setting {entry!r}: {where} has no section {key!r}.{hint}')
