@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from cea_arch.data.degradations import LUMA, Array, log_uniform, quantize
+from cea_arch.data.degradations import LUMA, Array, log_uniform, quantize, smooth_field
 from cea_arch.rules import Rule, list_of, number, section
 
 _SHARE = number(minimum=0, maximum=1)
@@ -39,8 +39,11 @@ def tone(img: Array, brightness: float, gamma: float) -> Array:
     return np.clip(brightness * img, 0, 1) ** gamma
 
 
-def fade(img: Array, white: float, share: float) -> Array:
-    """Blend towards the grey level ``white`` by ``share``, as fog, glare and old prints do, but meant so."""
+def fade(img: Array, white: float, share: float | Array) -> Array:
+    """Blend towards the grey level ``white`` by ``share``, a number or a map ``(H, W, 1)``.
+
+    As fog, glare, distance and old prints do, but meant so.
+    """
     return img + share * (white - img)
 
 
@@ -109,9 +112,9 @@ def augment(img: Array, options: Mapping[str, Any], rng: Generator) -> Array:
         img: RGB ``(H, W, 3)``.
         options: By name, shares of samples: ``channels`` get their channels in another order, ``grey`` become grey,
             ``tone`` get another saturation, brightness and gamma, log-uniform in the ranges ``saturation``,
-            ``brightness`` and ``gamma`` (no range, no change); ``fade`` are faded by 0.2 to 0.7 towards 0.6 to 1;
-            ``crush`` get 20 to 70 % of their pixels black; ``soft`` are blurred by 0.4 to 1.2 pixels; ``drawn`` give
-            way to a :func:`drawing`.
+            ``brightness`` and ``gamma`` (no range, no change); ``fade`` are faded by 0.2 to 0.7 towards 0.6 to 1, half
+            of them from nothing to that over 100 to 600 pixels; ``crush`` get 20 to 70 % of their pixels black;
+            ``soft`` are blurred by 0.4 to 1.2 pixels; ``drawn`` give way to a :func:`drawing`.
         rng: Source of all randomness.
     """
     if rng.random() < options.get('drawn', 0):
@@ -134,7 +137,10 @@ def augment(img: Array, options: Mapping[str, Any], rng: Generator) -> Array:
     if crushed:
         values = crush(values, rng.uniform(0.2, 0.7))
     if faded:
-        values = fade(values, rng.uniform(0.6, 1), rng.uniform(0.2, 0.7))
+        white, share = rng.uniform(0.6, 1), rng.uniform(0.2, 0.7)
+        if rng.random() < 0.5:  # as distance does
+            share = share * smooth_field(img.shape, rng, log_uniform(100, 600, rng))[..., None]
+        values = fade(values, white, share)
     if softened:
         values = soft(values, rng.uniform(0.4, 1.2))
     return quantize(grey(values) if greyed else values)
