@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from cea_arch.data.augmentations import AUGMENT_RULE, augment, shrink
+from cea_arch.data.contents import tones
 from cea_arch.data.degradations import (
     ORDER,
     PERIOD,
@@ -28,11 +29,13 @@ from cea_arch.data.pairing import pair_keys
 from cea_arch.errors import UserError
 from cea_arch.rules import FLAG, TEXT, Checker, Rule, either, list_of, number, one_of, section, typed, whole
 
+_LEVELS = list_of(number(minimum=0, maximum=1), 2, 2)
 _COMMON = {
     'degradation': TEXT,
     'dataroot_gt': TEXT,
     'io_backend': section({'type': one_of('disk', 'lmdb')}, ['type']),
     'repeat': whole(),
+    'only': section({'brightness': _LEVELS, 'dark_channel': _LEVELS}),
 }
 _READ = _COMMON | {'augment': AUGMENT_RULE}  # of sources that are degraded as they are read
 _PIXELS = number(exclusiveMinimum=0)
@@ -89,6 +92,8 @@ class Source:
             self.lq = ImageStore(opt['dataroot_lq'], opt.get('io_backend'), f'{label}.dataroot_lq')
             self.pairs = pair_keys(self.lq.sizes, self.gt.sizes, label)
             self._check_sizes()
+        if opt.get('only'):
+            self._select(opt['only'], label)
         self._read_strengths(opt, label)
 
     def degrade(self, gt: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -116,6 +121,19 @@ class Source:
             return f'downscale {self.scale}'
         period = '' if self.period == [PERIOD, PERIOD] else f' {self.period}'
         return f'synthetic {self.tasks} {self.num_tasks} {self.vary}{period}'
+
+    def _select(self, only: dict[str, list[float]], label: str) -> None:
+        """Keep the pairs whose clean image has tones within the ranges."""
+        found = [(pair, tones(np.ascontiguousarray(self.gt.read(pair[1])))) for pair in self.pairs]
+        self.pairs = [
+            pair for pair, have in found if all(least <= have[name] <= most for name, (least, most) in only.items())
+        ]
+        if not self.pairs:
+            have = ', '.join(
+                f'{name} {min(tone[name] for _, tone in found):.2f} to {max(tone[name] for _, tone in found):.2f}'
+                for name in only
+            )
+            raise UserError(f'{label}.only: none of {len(found)} pictures is within {only}; theirs have {have}.')
 
     def _check_sizes(self) -> None:
         for lq, gt in self.pairs:
@@ -171,6 +189,8 @@ class CEADataset(Dataset):
             io_backend: ``{type: disk}`` or ``{type: lmdb}``, for both roots.
             augment: In training, changes of clean images that are degraded as they are read, see
                 :func:`cea_arch.data.augmentations.augment`.
+            only: Take the images alone whose clean one has ``brightness`` and ``dark_channel`` within these ranges,
+                see :func:`cea_arch.data.contents.tones`: each is read once at the start.
             repeat: How often each image counts in an epoch (default 1).
         gt_size: Side of the square training crop, in pixels.
         use_hflip, use_rot: Random flips; random rotations by 90 degrees (both default to true).

@@ -50,6 +50,26 @@ def test_sources_repeats_and_samples(image_folder, tmp_path):
         dataset[len(dataset)]
 
 
+def test_a_source_takes_pictures_of_certain_tones_alone(tmp_path):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / 'gt'
+    folder.mkdir()
+    for name, least, most in (('pale', 120, 230), ('night', 0, 60), ('usual', 0, 255)):
+        cv2.imwrite(str(folder / f'{name}.png'), rng.integers(least, most, (64, 64, 3), np.uint8))
+
+    def taken(**only):
+        return [gt for _, gt in CEADataset(options(only=noise(folder, only=only))).sources[0].pairs]
+
+    assert taken() == ['night', 'pale', 'usual']
+    assert taken(dark_channel=[0.4, 1]) == ['pale']
+    assert taken(brightness=[0, 0.2]) == ['night']
+    assert taken(brightness=[0.4, 1], dark_channel=[0, 0.3]) == ['usual']
+    with pytest.raises(UserError, match=r'only: none of 3 pictures is within .* brightness 0\.1. to 0\.6'):
+        taken(brightness=[0.9, 1])
+    with pytest.raises(UserError, match="unknown key 'dark'"):
+        taken(dark=[0, 1])
+
+
 def test_crops_and_noise_do_not_repeat_from_epoch_to_epoch(image_folder):
     """The stock loader re-seeds NumPy's and Python's generators alike each time its workers start."""
     dataset = CEADataset(options(denoise=noise(image_folder('gt', ['a', 'b', 'c', 'd']), sigmas=25)))
