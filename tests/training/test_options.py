@@ -37,6 +37,7 @@ def prepared(path, lmdb, is_train):
             dataset['gt_size'] = min(dataset['gt_size'], 256)  # these photographs are smaller than those of BSDS500
         for source in dataset['sources'].values():
             source |= {key: str(lmdb) for key in source if key.startswith('dataroot')}
+            source.pop('only', None)  # there is no pale picture
     if opt['network_g'].get('pretrained_base'):
         opt['network_g']['pretrained_base'] = str(lmdb.parent / 'base.pth')
         torch.save(build_network(opt['network_g']['base']).state_dict(), lmdb.parent / 'base.pth')
