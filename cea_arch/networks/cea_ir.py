@@ -58,7 +58,9 @@ class CEAIR(nn.Module):
     stage. ``T`` is ours, for CPUs: of :class:`cea_arch.layers.ConvBlock`, so that CEA is its only image-wide operation.
 
     Any H, W >= 1, without padding the image: each level has the size that it needs, half the one above, rounded up. So
-    no padded token exists that could enter what is read from the whole image.
+    no padded token exists that could enter what is read from the whole image. But patches of a training have no odd
+    sizes, and weights may take what is done to an odd row for something else: restoring continues images to multiples
+    of ``trained_multiple``.
 
     Args:
         num_in_ch: Channels of the input and output image.
@@ -90,6 +92,8 @@ class CEAIR(nn.Module):
     """
 
     blocks = ('encoder.*.*', 'latent.*', 'decoder.*.*', 'refinement.*')
+
+    trained_multiple = 2 ** (NUM_LEVELS - 1)  # pixels
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,9 @@ class Restorer:
 
     @cached_property
     def fit(self) -> Fit:
-        """Which sizes the network takes, and its scale."""
-        return find_fit(self.net, self.device)
+        """Which sizes the network takes, and its scale; of CEAIR, which takes any, those it was trained on."""
+        fit = find_fit(self.net, self.device)
+        return replace(fit, multiple=math.lcm(fit.multiple, getattr(self.net, 'trained_multiple', 1)))
 
     @cached_property
     def bytes_per_pixel(self) -> int:

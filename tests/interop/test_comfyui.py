@@ -5,6 +5,7 @@ import torch
 
 from cea_arch.errors import UserError
 from cea_arch.interop.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+from cea_arch.restoring.fitting import Fit
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -19,7 +20,7 @@ def test_the_node_restores_a_batch(small_net, model):
     (found,) = getattr(kind(), kind.FUNCTION)(image=image, model=model, **choices)
     assert kind.RETURN_TYPES == ('IMAGE',)
     with torch.no_grad():
-        expected = small_net(image.movedim(-1, 1)).clamp(0, 1).movedim(1, -1)
+        expected = Fit(small_net.trained_multiple).run(small_net, image.movedim(-1, 1)).clamp(0, 1).movedim(1, -1)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     with pytest.raises(UserError, match='does not exist'):
         kind().run(image, 'nowhere.pth', 'fp32', 'whole')

@@ -95,6 +95,14 @@ def test_the_weights_of_the_package_restore_photographs(photograph, tmp_path, de
     assert np.array_equal(results[0], cea_arch.restore(inputs[0]))
 
 
+def test_an_odd_size_is_restored_like_an_even_one(photograph, restorer):
+    hazy = quantize(synthesize(photograph[:240, :320] / 255, ['haze'], np.random.default_rng(0)))
+    even = cea_arch.restore(hazy, restorer)[:239, :319].astype(int)
+    odd = cea_arch.restore(np.ascontiguousarray(hazy[:239, :319]), restorer)
+    assert np.abs(even - hazy[:239, :319]).mean() > 5
+    assert np.abs(even - odd).mean() < 1.5
+
+
 def test_the_weights_of_the_package_are_small_and_have_a_card():
     assert PACKAGED_WEIGHTS.stat().st_size < 4 * 2**20
     content = read_checkpoint(PACKAGED_WEIGHTS)
