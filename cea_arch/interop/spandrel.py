@@ -27,6 +27,7 @@ spandrel = need('spandrel', 'spandrel', 'This module')
 
 # where spandrel's own implementation of a network names a block otherwise than BasicSR's
 RENAMED = {'ESRGAN': (r'body\.(\d+)', r'model.1.sub.\1')}
+CEAIR_SIZES = spandrel.SizeRequirements(multiple_of=CEAIR.trained_multiple)
 PROBED = 64  # pixels: the side of what networks are tried on that spandrel does not know
 ASSUMED = (
     'the weights do not tell heads, strides, routing and RankNorm of {network}: 4, 2, signed and true are taken. '
@@ -56,7 +57,7 @@ def load(path: str | Path, network_g: Mapping[str, Any] | None = None) -> spandr
     net = load_network(path, network_g)
     fit = find_fit(net, torch.device('cpu'))
     if isinstance(net, CEAIR):
-        return _descriptor(net, CEAIRArch(), [], fit.scale, 3)
+        return _descriptor(net, CEAIRArch(), [], fit.scale, 3, CEAIR_SIZES)
     try:
         base = _base_of(net.state_dict())
     except Exception:  # whatever it takes other networks' weights for
@@ -109,7 +110,7 @@ class CEAIRArch(spandrel.Architecture[CEAIR]):
         check_fit(net.state_dict(), state_dict, 'the weights do not fit CEAIR')
         net.load_state_dict(state_dict)
         tags = [options['size']] if len(options) == 1 else [f'{options["dim"]}dim']
-        return _descriptor(net, self, tags, 1, state_dict['embed.weight'].shape[1])
+        return _descriptor(net, self, tags, 1, state_dict['embed.weight'].shape[1], CEAIR_SIZES)
 
 
 class WithCEAArch(spandrel.Architecture[nn.Module]):

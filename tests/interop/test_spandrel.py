@@ -65,11 +65,11 @@ def test_cea_ir_of_named_sizes(size, suffix, tmp_path, recwarn):
         net.output.weight.mul_(0.1 / (net(torch.rand(1, 3, 32, 32)) - 0.5).std())
     found = spandrel.ModelLoader().load_from_file(write(net, {'type': 'CEAIR', **options}, tmp_path / f'a{suffix}'))
     assert (found.architecture.id, found.scale, found.purpose) == ('CEAIR', 1, 'Restoration')
-    assert (found.input_channels, found.output_channels, found.size_requirements.none) == (3, 3, True)
+    assert (found.input_channels, found.output_channels, found.size_requirements.multiple_of) == (3, 3, 8)
     assert found.tags == [size, 'CEA']
     assert (found.supports_half, found.supports_bfloat16) == (True, True)
     assert not [w for w in recwarn if 'do not tell' in str(w.message)]
-    check(found, net)
+    check(found, net, Fit(8))
     x = torch.rand(1, 3, 33, 40)
     exact = found(x).clone()
     assert (found.half()(x.half()) - exact).abs().max() < 1e-2
@@ -92,7 +92,7 @@ def test_cea_ir_of_named_sizes(size, suffix, tmp_path, recwarn):
 def test_cea_ir_by_its_shapes(options):
     net = alive(CEAIR(**TINY | {'cea_heads': 4, 'cea_strides': [2, 2, 2, 2]} | options))
     found = spandrel.MAIN_REGISTRY.load(net.state_dict())
-    check(found, net)
+    check(found, net, Fit(8))
 
 
 def test_the_heads_that_no_shape_tells_are_read_from_the_file(tmp_path):
@@ -103,7 +103,7 @@ def test_the_heads_that_no_shape_tells_are_read_from_the_file(tmp_path):
         UserWarning, match='heads, strides, routing and RankNorm of CEAIR: 4, 2, signed and true are taken'
     ):
         spandrel.ModelLoader().load_from_file(path)
-    check(ours.load(path), net)
+    check(ours.load(path), net, Fit(8))
 
 
 @pytest.mark.parametrize(
