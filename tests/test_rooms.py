@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / 'cea_arch'
 # modules that several rooms stand on
-GROUND = ('errors', 'files', 'rules', 'distributed', 'compat', 'checkpoints', 'plugins', 'threads')
+GROUND = ('errors', 'importing', 'files', 'rules', 'distributed', 'compat', 'checkpoints', 'plugins', 'threads')
 FLOORS = (
     ('layers', *GROUND),
     ('networks',),
