@@ -158,10 +158,11 @@ def remove_cea(net: nn.Module) -> list[str]:
         if hasattr(module, 'cea'):  # a shared module comes under each of its names
             module.cea.hook_handle.remove()
             del module.cea
-    if targets:
-        for handle in net.cea_batch:
-            handle.remove()
-        del net.cea_batch, net.cea_count
+    for module in net.modules():  # the network, or a part of it, that they were put into
+        if hasattr(module, 'cea_batch'):
+            for handle in module.cea_batch:
+                handle.remove()
+            del module.cea_batch, module.cea_count
     return [name for name, _ in targets]
 
 

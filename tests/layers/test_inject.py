@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 from basicsr.utils.registry import ARCH_REGISTRY
 
 from cea_arch.errors import lookup
@@ -127,3 +128,13 @@ def test_trained_layers_survive_saving_copying_and_pickling(kind):
         other.load_state_dict(net.state_dict())
         for copied in (other, copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
             assert torch.equal(copied(x), expected)
+
+
+def test_layers_of_a_part_are_taken_out_of_the_whole():
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1)), nn.Conv2d(3, 3, 1))
+    x = torch.rand(1, 3, 4, 4)
+    plain = net(x)
+    for _ in range(2):
+        inject_cea(net[0], '0')
+        assert remove_cea(net) == ['0.0']
+        torch.testing.assert_close(net(x), plain)

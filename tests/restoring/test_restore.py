@@ -311,3 +311,10 @@ def test_a_gpu_that_is_not_there_is_named(model, tmp_path, capsys):
     Image.fromarray(textured(16, 16)).save(tmp_path / 'a.png')
     assert run(model, tmp_path / 'a.png', '-o', tmp_path / 'out', '-g', 7) == 2
     assert 'cuda:7' in capsys.readouterr().err
+
+
+def test_the_output_folder_may_lie_above_the_pictures(model, tmp_path):
+    (tmp_path / 'scans').mkdir()
+    cv2.imwrite(str(tmp_path / 'scans/a.png'), np.full((8, 8, 3), 90, np.uint8))
+    assert run(model, tmp_path / 'scans', '-o', tmp_path) == 0
+    assert (tmp_path / 'a.png').is_file()
