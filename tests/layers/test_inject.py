@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
 from basicsr.utils.registry import ARCH_REGISTRY
+from torch import nn
 
 from cea_arch.errors import lookup
 from cea_arch.layers import cea_parameters, cea_state_dict, inject_cea, remove_cea
@@ -135,6 +135,6 @@ def test_layers_of_a_part_are_taken_out_of_the_whole():
     x = torch.rand(1, 3, 4, 4)
     plain = net(x)
     for _ in range(2):
-        inject_cea(net[0], '0')
+        inject_cea(net[0], '0', rank=2)
         assert remove_cea(net) == ['0.0']
         torch.testing.assert_close(net(x), plain)
