@@ -131,8 +131,8 @@ def test_trained_layers_survive_saving_copying_and_pickling(kind):
 
 
 def test_layers_of_a_part_are_taken_out_of_the_whole():
-    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1)), nn.Conv2d(3, 3, 1))
-    x = torch.rand(1, 3, 4, 4)
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(8, 8, 1)), nn.Conv2d(8, 8, 1))
+    x = torch.rand(1, 8, 4, 4)
     plain = net(x)
     for _ in range(2):
         inject_cea(net[0], '0', rank=2)
