@@ -80,7 +80,8 @@ DATASET_RULES = {
 class Source:
     """Images of one origin and how they are degraded; see :class:`CEADataset` for the options."""
 
-    def __init__(self, name: str, opt: dict[str, Any], label: str) -> None:
+    def __init__(self, name: str, opt: dict[str, Any], label: str, seen: dict[str, dict[str, float]]) -> None:
+        """``seen`` holds the tones of files that other sources have looked at, and gets those of this one."""
         self.name = name
         self.degradation = opt['degradation']
         self.repeat = opt.get('repeat', 1)
@@ -93,7 +94,7 @@ class Source:
             self.pairs = pair_keys(self.lq.sizes, self.gt.sizes, label)
             self._check_sizes()
         if opt.get('only'):
-            self._select(opt['only'], label)
+            self._select(opt['only'], label, seen)
         self._read_strengths(opt, label)
 
     def degrade(self, gt: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -122,18 +123,20 @@ class Source:
         period = '' if self.period == [PERIOD, PERIOD] else f' {self.period}'
         return f'synthetic {self.tasks} {self.num_tasks} {self.vary}{period}'
 
-    def _select(self, only: dict[str, list[float]], label: str) -> None:
+    def _select(self, only: dict[str, list[float]], label: str, seen: dict[str, dict[str, float]]) -> None:
         """Keep the pairs whose clean image has tones within the ranges."""
-        found = [(pair, tones(np.ascontiguousarray(self.gt.read(pair[1])))) for pair in self.pairs]
-        self.pairs = [
-            pair for pair, have in found if all(least <= have[name] <= most for name, (least, most) in only.items())
-        ]
-        if not self.pairs:
-            have = ', '.join(
-                f'{name} {min(tone[name] for _, tone in found):.2f} to {max(tone[name] for _, tone in found):.2f}'
-                for name in only
-            )
-            raise UserError(f'{label}.only: none of {len(found)} pictures is within {only}; theirs have {have}.')
+        found = []
+        for _, key in self.pairs:
+            path = str(self.gt.path(key))
+            if path not in seen:
+                seen[path] = tones(self.gt.read(key))
+            found.append(seen[path])
+        fits = [all(least <= have[name] <= most for name, (least, most) in only.items()) for have in found]
+        if not any(fits):
+            values = {name: [have[name] for have in found] for name in only}
+            ranges = ', '.join(f'{name} {min(have):.2f} to {max(have):.2f}' for name, have in values.items())
+            raise UserError(f'{label}.only: none of {len(found)} pictures is within {only}; theirs have {ranges}.')
+        self.pairs = list(itertools.compress(self.pairs, fits))
 
     def _check_sizes(self) -> None:
         for lq, gt in self.pairs:
@@ -210,7 +213,8 @@ class CEADataset(Dataset):
         self.train = opt.get('phase', 'train') == 'train'
         required = ['sources', 'gt_size'] if self.train else ['sources']
         Checker().check(opt, section(DATASET_RULES, required, closed=False), label)
-        self.sources = [Source(name, source, f'{label}, sources.{name}') for name, source in opt['sources'].items()]
+        seen: dict[str, dict[str, float]] = {}
+        self.sources = [Source(name, one, f'{label}, sources.{name}', seen) for name, one in opt['sources'].items()]
         self.ends = list(itertools.accumulate(len(source.pairs) * source.repeat for source in self.sources))
         if self.train:
             self.gt_size = opt['gt_size']

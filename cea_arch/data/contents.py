@@ -100,6 +100,7 @@ def tones(img: np.ndarray) -> dict[str, float]:
         ``brightness``, the mean of all values, and ``dark_channel``: each half-size pixel's darkest channel among its
         25 neighbours, and of these the level that a tenth lie below. Both in [0, 1]; pale scenes have 0.13 and more.
     """
-    half = cv2.resize(img, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA) / np.iinfo(img.dtype).max
+    half = cv2.resize(np.ascontiguousarray(img), None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+    half = half / np.iinfo(img.dtype).max
     dark = cv2.erode(half.min(2), np.ones((5, 5)))
     return {'brightness': float(half.mean()), 'dark_channel': float(np.quantile(dark, 0.1))}

@@ -93,7 +93,7 @@ def find_jobs(inputs: list[str], output: Path, recursive: bool, naming: Naming =
 def _in_folder(folder: Path, output: Path, recursive: bool, naming: Naming, plan: Plan) -> list[tuple[Path, Path]]:
     """Picture files in ``folder``, each with its path relative to it; not those that are results."""
     real = output.resolve()
-    inside = real != folder.resolve() and real.is_relative_to(folder.resolve())
+    inside = folder.resolve() in real.parents
     closed: list[Path] = []
     paths = [
         p for p in walk_images(folder, recursive, closed) if not (inside and p.parent.resolve().is_relative_to(real))

@@ -184,8 +184,8 @@ def apply_setting(opt: Options, entry: str, separator: str) -> None:
         else:
             label = f'{label}.{key}' if label else key
         if depth == len(keys) - 1:
-            if value is None and isinstance(place, dict) and key in place:
-                del place[key]  # as in a file that inherits
+            if value is None and isinstance(place, dict):
+                _merge(place, {key: None})  # as in a file that inherits
             else:
                 place[key] = value
         elif isinstance(place, dict) and not isinstance(place.get(key), (dict, list)):

@@ -71,9 +71,9 @@ def test_options_choose_what_is_done(rng, image):
     assert np.ptp(greyed, axis=2).max() == 0
     darker = augment(image, {'tone': 1, 'brightness': [0.2, 0.3]}, rng)
     assert 0.15 < darker.mean() / image.mean() < 0.35
-    pale = augment(image, {'fade': 1}, rng)
+    pale = augment(image, {'fade': 1}, np.random.default_rng(0))
     assert pale.mean() > image.mean()
-    assert 0.2 < np.ptp(pale) / np.ptp(image) < 1
+    assert 0.2 < np.ptp(pale) / np.ptp(image) < 0.85
     softened = augment(image, {'soft': 1}, rng)
     assert np.abs(np.diff(softened / 255, axis=1)).mean() < np.abs(np.diff(image / 255, axis=1)).mean()
     wide = augment(image.astype(np.uint16) * 257, {'tone': 1, 'gamma': [1.9, 2.1]}, rng)
