@@ -277,7 +277,8 @@ class CEADataset(Dataset):
         for source in self.sources:
             if self.gt_size % source.scale:
                 raise UserError(f'gt_size is {self.gt_size}, no multiple of scale, {source.scale}, of {source.name}.')
-            for key, size in source.gt.sizes.items():
+            for key in dict.fromkeys(gt for _, gt in source.pairs):
+                size = source.gt.sizes[key]
                 if min(size) < self.gt_size:
                     raise UserError(
                         f'gt_size is {self.gt_size}, but {source.gt.path(key)} has only {size[0]} x {size[1]} pixels '

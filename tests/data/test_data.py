@@ -64,6 +64,9 @@ def test_a_source_takes_pictures_of_certain_tones_alone(tmp_path):
     assert taken(dark_channel=[0.4, 1]) == ['pale']
     assert taken(brightness=[0, 0.2]) == ['night']
     assert taken(brightness=[0.4, 1], dark_channel=[0, 0.3]) == ['usual']
+    cv2.imwrite(str(folder / 'small.png'), np.full((16, 16, 3), 60, np.uint8))  # no patch is cut from it
+    assert taken(dark_channel=[0.4, 1]) == ['pale']
+    (folder / 'small.png').unlink()
     with pytest.raises(UserError, match=r'only: none of 3 pictures is within .* brightness 0\.1. to 0\.6'):
         taken(brightness=[0.9, 1])
     with pytest.raises(UserError, match="unknown key 'dark'"):
